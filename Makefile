@@ -1,0 +1,66 @@
+# Setup is two commands: `make demo` and `make test`. Each installs what it needs.
+#   make demo  ARGS="--json out.json"            the main job on real data
+#   make test  ARGS="-k outbox"                  all tests, the same as CI
+#   make check                                   ruff, mypy strict, import rules
+#   make bench NAME=watch ARGS="--json out.json" one benchmark; without NAME: all of them
+
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	if $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$p; break; fi; done)
+TORCH ?= torch==2.13.0
+OLDEST_ONNXRUNTIME ?= onnxruntime==1.23.2
+ARGS ?=
+BENCHMARKS = watch footprint
+
+sources := $(shell find edge_sdk aggregator export devices -name '*.py')
+
+.PHONY: demo test check bench format clean
+
+demo: .venv/ready .venv-device/ready
+	@scripts/install_mosquitto.sh
+	.venv/bin/edgewise demo $(ARGS)
+
+test: .venv/ready .venv-device/ready .venv-oldest/ready
+	@scripts/install_mosquitto.sh
+	.venv/bin/python -m pytest $(ARGS)
+
+check: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+bench: .venv/ready .venv-device/ready
+	@scripts/install_mosquitto.sh
+	@set -e; for name in $(if $(NAME),$(subst -,_,$(NAME)),$(BENCHMARKS)); do .venv/bin/python -m benchmarks.$$name $(ARGS); done
+
+format: .venv/ready
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+# The workstation: torch, the exporter, the gateway, the tests. torch goes first and by version, because a range may
+# bring another build of several gigabytes.
+.venv/ready: pyproject.toml
+	@scripts/require_python.sh "$(PYTHON)"
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install -q --upgrade pip
+	.venv/bin/pip install -q "$(TORCH)"
+	.venv/bin/pip install -q -e '.[dev]'
+	.venv/bin/pip install -q --no-deps seglearn==1.2.5
+	touch $@
+
+# A device: the base install from the built wheel and nothing else, so that what a device imports is what users get.
+.venv-device/ready: pyproject.toml $(sources)
+	@scripts/require_python.sh "$(PYTHON)"
+	test -x .venv-device/bin/python || $(PYTHON) -m venv .venv-device
+	.venv-device/bin/pip install -q .
+	touch $@
+
+# The same base install on the oldest runtime that is supported.
+.venv-oldest/ready: pyproject.toml $(sources)
+	@scripts/require_python.sh "$(PYTHON)"
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install -q "$(OLDEST_ONNXRUNTIME)" .
+	touch $@
+
+clean:
+	rm -rf .venv .venv-device .venv-oldest .demo
