@@ -1,0 +1,581 @@
+"""The round as a pure state machine: `step(state, event) -> (state, effects)`.
+
+Rules
+-----
+1. No clock, no network, no disk, no randomness in here. Every event carries `now` (gateway time, Unix
+   milliseconds); every effect is carried out by `aggregator.service`. The same events give the same effects.
+2. The state is what the journal stores with every commit. After a crash the shell restores it and sends
+   `Restarted`; the effects that follow are those a reader of the state would expect; repeating them does no
+   harm.
+3. One deadline per round. The phases take their deadlines from it: `train` may use all but the last
+   `evaluate_share`, `evaluate` the rest and whatever `train` left over.
+4. A round never waits for a device. Quorum or deadline decide; presence is a hint for who gets a task.
+5. What decides acceptance is evidence of closed phases only; an update that was still being checked when its
+   phase closed is set aside with a reason.
+
+Who takes part: the devices online when a phase opens. A device that comes later gets a task too while at
+least half of the phase's time lies ahead (`_has_room`) and the phase has not closed; it then belongs to the
+assigned set like the others. A phase closes
+
+* early, when `quorum` updates are accepted, or, without a quorum or with fewer devices than that, when every
+  assigned device has answered or declined and at least `minimum` answered;
+* at its deadline. With fewer than `minimum` updates `train` merges nothing: the round is `empty` (none came)
+  or `too_few`, the model stays, the next round follows. `evaluate` closes with the evidence there is.
+
+A round opens when `devices_wait` devices are online. If they do not come within the round's deadline it opens
+with `minimum` of them, so that a device that died does not end the job.
+
+Transitions (`TRANSITIONS` is the same table as code; open phase = train or evaluate)
+----------------------------------------------------------------------------------
+| phase      | event          | what follows                                         | next phase               |
+|------------|----------------|------------------------------------------------------|--------------------------|
+| wait       | DeviceSeen     | enough online: OpenPhase, IssueTasks                 | train (evaluate*)        |
+| wait       | DeadlinePassed | `minimum` online: OpenPhase, IssueTasks              | train (evaluate*)        |
+| open phase | DeviceSeen     | room left: IssueTasks for the device                 | same                     |
+| open phase | UpdateAccepted | counted; enough: ClosePhase                          | same, merge, judge       |
+| open phase | Declined       | counted; enough: ClosePhase                          | same, merge, judge       |
+| open phase | DeadlinePassed | ClosePhase, WithdrawTasks; too few: FinishRound      | merge, judge, wait, done |
+| merge      | Merged         | OpenPhase evaluate, IssueTasks; no gate: FinishRound | evaluate, wait, done     |
+| merge      | MergeFailed    | SetAside, FinishRound failed                         | wait, done               |
+| judge      | Judged         | FinishRound accepted or rolled back (0: measured)    | wait, done               |
+| any        | UpdateAccepted | its phase is closed: LeaveOut                        | same                     |
+| any        | DeviceSeen     | remembered for the next phase; DeviceLost likewise   | same                     |
+| any        | Restarted      | the effects of the present phase once more           | same                     |
+
+(*) round 0 has no `train`: it evaluates the initial model, so that round 1 has something to be compared with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any
+
+
+class Phase(StrEnum):
+    """Where a round stands."""
+
+    WAIT = "wait"  # for devices
+    TRAIN = "train"
+    MERGE = "merge"  # the shell folds the accepted updates
+    EVALUATE = "evaluate"
+    JUDGE = "judge"  # the shell compares the evidence
+    DONE = "done"
+
+
+class Outcome(StrEnum):
+    """How a round ended."""
+
+    MEASURED = "measured"  # round 0
+    ACCEPTED = "accepted"
+    ROLLED_BACK = "rolled_back"
+    EMPTY = "empty"
+    TOO_FEW = "too_few"
+    FAILED = "failed"  # the merge rule refused the updates it was given
+
+
+class Answer(StrEnum):
+    """What became of a device's task."""
+
+    ISSUED = "issued"
+    ANSWERED = "answered"
+    DECLINED = "declined"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the job file says about rounds (`aggregator.job`), and the journal's identity.
+
+    `quorum` None means every assigned device. Durations are milliseconds. `nonce` makes task ids differ
+    between two runs of one job in different state folders: a device never trains a task id twice.
+    """
+
+    rounds: int
+    nonce: str
+    quorum: int | None = None
+    minimum: int = 1
+    deadline_ms: int = 600_000
+    devices_wait: int = 1
+    evaluate_share: float = 0.3
+    evaluates: bool = True
+
+
+@dataclass(frozen=True)
+class TaskState:
+    """A task of the open phase: its id (hex16) and what became of it."""
+
+    task: str
+    answer: Answer = Answer.ISSUED
+    reason: str = ""
+
+
+def _no_tasks() -> Mapping[str, TaskState]:
+    return MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """The whole state. `model` and `candidate` are digests (hex64); times are gateway milliseconds."""
+
+    settings: Settings
+    round: int
+    phase: Phase
+    model: str
+    candidate: str | None = None
+    opened: int = 0
+    deadline: int = 0  # of the round
+    phase_opened: int = 0
+    phase_deadline: int = 0
+    tasks: Mapping[str, TaskState] = field(default_factory=_no_tasks)
+    online: frozenset[str] = frozenset()
+    patient: bool = True  # waiting for all of `devices_wait`, not yet for `minimum` alone
+
+    def count(self, answer: Answer) -> int:
+        """How many tasks of the open phase have this answer."""
+        return sum(state.answer is answer for state in self.tasks.values())
+
+
+def initial(settings: Settings, model: str) -> Rounds:
+    """The state before the first event: round 0 if there is something to measure, else round 1."""
+    return Rounds(settings=settings, round=0 if settings.evaluates else 1, phase=Phase.WAIT, model=model)
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened, at gateway time `now` (milliseconds)."""
+
+    now: int
+
+
+@dataclass(frozen=True)
+class Restarted(Event):
+    """The shell has restored this state, or starts with a fresh one."""
+
+
+@dataclass(frozen=True)
+class DeviceSeen(Event):
+    """A device is online."""
+
+    device: str
+
+
+@dataclass(frozen=True)
+class DeviceLost(Event):
+    """A device went offline."""
+
+    device: str
+
+
+@dataclass(frozen=True)
+class UpdateAccepted(Event):
+    """The update for `task` is in the ledger."""
+
+    device: str
+    task: str
+
+
+@dataclass(frozen=True)
+class Declined(Event):
+    """A device cannot do its task and says why."""
+
+    device: str
+    task: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class DeadlinePassed(Event):
+    """The timer of the last `SetDeadline` fired."""
+
+
+@dataclass(frozen=True)
+class Merged(Event):
+    """The fold is done and its result stored under this digest."""
+
+    candidate: str
+
+
+@dataclass(frozen=True)
+class MergeFailed(Event):
+    """The merge rule refused the updates."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Judged(Event):
+    """The gate's verdict on the candidate."""
+
+    accepted: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Something the shell must do, in order."""
+
+
+@dataclass(frozen=True)
+class SetDeadline(Effect):
+    """Send `DeadlinePassed` at this gateway time; replaces an earlier one. None: no deadline."""
+
+    at: int | None
+
+
+@dataclass(frozen=True)
+class OpenPhase(Effect):
+    """Publish the round manifest; uploads for this phase are welcome from now on."""
+
+    round: int
+    phase: Phase
+    start: str
+    opened: int
+    deadline: int  # of the round
+    closes: int  # of the phase
+
+
+@dataclass(frozen=True)
+class IssueTasks(Effect):
+    """Publish a task to each of these devices: device -> task id."""
+
+    round: int
+    phase: Phase
+    start: str
+    deadline: int
+    tasks: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class WithdrawTasks(Effect):
+    """Clear the retained tasks of these devices."""
+
+    devices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ClosePhase(Effect):
+    """Uploads for this phase are no longer welcome."""
+
+    round: int
+    phase: Phase
+
+
+@dataclass(frozen=True)
+class Merge(Effect):
+    """Fold the accepted updates of this round; comes back as `Merged` or `MergeFailed`."""
+
+    round: int
+    model: str
+
+
+@dataclass(frozen=True)
+class Judge(Effect):
+    """Compare the candidate with the model; comes back as `Judged`."""
+
+    round: int
+    model: str
+    candidate: str
+
+
+@dataclass(frozen=True)
+class SetAside(Effect):
+    """The accepted updates of this phase will not be merged."""
+
+    round: int
+    phase: Phase
+    reason: str
+
+
+@dataclass(frozen=True)
+class LeaveOut(Effect):
+    """This one accepted update came after its phase had closed."""
+
+    device: str
+    task: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class FinishRound(Effect):
+    """The round is over; `model` is what the next one starts from."""
+
+    round: int
+    outcome: Outcome
+    reason: str
+    model: str
+
+
+@dataclass(frozen=True)
+class FinishJob(Effect):
+    """All rounds are done."""
+
+    model: str
+
+
+Effects = tuple[Effect, ...]
+Result = tuple[Rounds, Effects]
+_OPEN = (Phase.TRAIN, Phase.EVALUATE)
+
+
+def task_id(settings: Settings, number: int, phase: Phase, device: str) -> str:
+    """The id (hex16) of a device's task: the same after a restart, different in another journal."""
+    text = f"{settings.nonce}/{number}/{phase}/{device}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def step(state: Rounds, event: Event) -> Result:
+    """Advance by one event. An event that means nothing in this phase changes nothing."""
+    if isinstance(event, DeviceSeen):
+        state = replace(state, online=state.online | {event.device})
+    elif isinstance(event, DeviceLost):
+        state = replace(state, online=state.online - {event.device})
+    elif isinstance(event, UpdateAccepted) and not _is_open_task(state, event.device, event.task):
+        return state, (LeaveOut(event.device, event.task, "phase_closed"),)
+    elif isinstance(event, Restarted):
+        return _resume(state, event)
+    handler = TRANSITIONS.get((state.phase, type(event)))
+    return (state, ()) if handler is None else handler(state, event)
+
+
+def _is_open_task(state: Rounds, device: str, task: str) -> bool:
+    held = state.tasks.get(device)
+    return state.phase in _OPEN and held is not None and held.task == task
+
+
+def _resume(state: Rounds, event: Restarted) -> Result:
+    if state.phase is Phase.DONE:
+        if state.round < state.settings.rounds:  # the job file now asks for more rounds
+            return _wait(replace(state, round=state.round + 1), event.now)
+        return state, (FinishJob(state.model),)
+    if state.phase is Phase.WAIT:
+        return _wait(state, event.now)
+    if state.phase is Phase.MERGE:
+        return state, (Merge(state.round, state.model),)
+    if state.phase is Phase.JUDGE:
+        return state, (_judge_effect(state),)
+    if (
+        not state.settings.evaluates and state.phase is Phase.EVALUATE
+    ):  # evaluation was switched off meanwhile
+        return _close(state, event.now)
+    # The job file may have lowered the quorum meanwhile.
+    closed, effects = _close_if_enough(state, event.now)
+    return closed, (_open_effect(state), SetDeadline(state.phase_deadline), *effects)
+
+
+def _wait(state: Rounds, now: int) -> Result:
+    state = replace(state, phase=Phase.WAIT, tasks=_no_tasks(), candidate=None, patient=True)
+    opened, effects = _open_if_enough(state, now, state.settings.devices_wait)
+    return (opened, effects) if effects else (opened, (SetDeadline(now + state.settings.deadline_ms),))
+
+
+def _wait_seen(state: Rounds, event: Event) -> Result:
+    enough = state.settings.devices_wait if state.patient else state.settings.minimum
+    return _open_if_enough(state, event.now, enough)
+
+
+def _wait_deadline(state: Rounds, event: Event) -> Result:
+    opened, effects = _open_if_enough(state, event.now, state.settings.minimum)
+    # Not even `minimum` are here: open as soon as they are.
+    return (opened, effects) if effects else (replace(state, patient=False), (SetDeadline(None),))
+
+
+def _open_if_enough(state: Rounds, now: int, enough: int) -> Result:
+    if len(state.online) < max(1, enough):
+        return state, ()
+    deadline = now + state.settings.deadline_ms
+    state = replace(state, opened=now, deadline=deadline)
+    if state.round == 0:
+        return _open(replace(state, candidate=state.model), Phase.EVALUATE, now, deadline)
+    share = state.settings.evaluate_share if state.settings.evaluates else 0.0
+    return _open(state, Phase.TRAIN, now, now + round(state.settings.deadline_ms * (1.0 - share)))
+
+
+def _open(state: Rounds, phase: Phase, now: int, closes: int) -> Result:
+    ids = {device: task_id(state.settings, state.round, phase, device) for device in sorted(state.online)}
+    tasks = MappingProxyType({device: TaskState(task) for device, task in ids.items()})
+    state = replace(state, phase=phase, phase_opened=now, phase_deadline=closes, tasks=tasks)
+    effects: Effects = (_open_effect(state),)
+    if ids:
+        effects += (IssueTasks(state.round, phase, _start(state), closes, MappingProxyType(ids)),)
+    return state, (*effects, SetDeadline(closes))
+
+
+def _start(state: Rounds) -> str:
+    return state.model if state.phase is Phase.TRAIN or state.candidate is None else state.candidate
+
+
+def _open_effect(state: Rounds) -> OpenPhase:
+    return OpenPhase(
+        state.round, state.phase, _start(state), state.opened, state.deadline, state.phase_deadline
+    )
+
+
+def _has_room(state: Rounds, now: int) -> bool:
+    """Whether a device that comes now still gets a task: half of the phase's time must lie ahead."""
+    return 2 * (now - state.phase_opened) <= state.phase_deadline - state.phase_opened
+
+
+def _late(state: Rounds, event: Event) -> Result:
+    assert isinstance(event, DeviceSeen)
+    if event.device in state.tasks or not _has_room(state, event.now):
+        return state, ()
+    task = task_id(state.settings, state.round, state.phase, event.device)
+    tasks = {**state.tasks, event.device: TaskState(task)}
+    state = replace(state, tasks=MappingProxyType(tasks))
+    issued = MappingProxyType({event.device: task})
+    return state, (IssueTasks(state.round, state.phase, _start(state), state.phase_deadline, issued),)
+
+
+def _answered(state: Rounds, event: Event) -> Result:
+    assert isinstance(event, UpdateAccepted)
+    return _close_if_enough(_with_answer(state, event.device, Answer.ANSWERED, ""), event.now)
+
+
+def _declined(state: Rounds, event: Event) -> Result:
+    assert isinstance(event, Declined)
+    if not _is_open_task(state, event.device, event.task):
+        return state, ()
+    if state.tasks[event.device].answer is not Answer.ISSUED:
+        return state, ()
+    return _close_if_enough(_with_answer(state, event.device, Answer.DECLINED, event.reason), event.now)
+
+
+def _with_answer(state: Rounds, device: str, answer: Answer, reason: str) -> Rounds:
+    changed = replace(state.tasks[device], answer=answer, reason=reason)
+    return replace(state, tasks=MappingProxyType({**state.tasks, device: changed}))
+
+
+def _close_if_enough(state: Rounds, now: int) -> Result:
+    answered = state.count(Answer.ANSWERED)
+    quorum = state.settings.quorum
+    if quorum is not None and answered >= max(quorum, state.settings.minimum):
+        return _close(state, now)
+    # Declined by all: keep the phase open, for a device may still come; the deadline ends it.
+    if state.count(Answer.ISSUED) == 0 and answered >= state.settings.minimum:
+        return _close(state, now)
+    return state, ()
+
+
+def _deadline(state: Rounds, event: Event) -> Result:
+    return _close(state, event.now)
+
+
+def _close(state: Rounds, now: int) -> Result:
+    answered = state.count(Answer.ANSWERED)
+    missing = tuple(sorted(d for d, held in state.tasks.items() if held.answer is not Answer.ANSWERED))
+    effects: Effects = (ClosePhase(state.round, state.phase),)
+    if missing:
+        effects += (WithdrawTasks(missing),)
+    if state.phase is Phase.EVALUATE:
+        state = replace(state, phase=Phase.JUDGE)
+        return state, (*effects, SetDeadline(None), _judge_effect(state))
+    if answered == 0:
+        return _finish(state, now, Outcome.EMPTY, "no update arrived before the deadline", effects)
+    if answered < state.settings.minimum:
+        reason = f"{answered} of at least {state.settings.minimum} updates arrived before the deadline"
+        effects += (SetAside(state.round, state.phase, "too_few_updates"),)
+        return _finish(state, now, Outcome.TOO_FEW, reason, effects)
+    state = replace(state, phase=Phase.MERGE)
+    return state, (*effects, SetDeadline(None), Merge(state.round, state.model))
+
+
+def _judge_effect(state: Rounds) -> Judge:
+    return Judge(state.round, state.model, state.candidate or state.model)
+
+
+def _merged(state: Rounds, event: Event) -> Result:
+    assert isinstance(event, Merged)
+    state = replace(state, candidate=event.candidate)
+    if not state.settings.evaluates:
+        return _finish(
+            replace(state, model=event.candidate), event.now, Outcome.ACCEPTED, "the job has no gate", ()
+        )
+    # The rest of the round belongs to the evaluation, but a slow merge does not leave it without any time.
+    share = round(state.settings.deadline_ms * state.settings.evaluate_share)
+    return _open(state, Phase.EVALUATE, event.now, max(state.deadline, event.now + share))
+
+
+def _merge_failed(state: Rounds, event: Event) -> Result:
+    assert isinstance(event, MergeFailed)
+    aside = SetAside(state.round, Phase.TRAIN, "merge_failed")
+    return _finish(state, event.now, Outcome.FAILED, event.reason, (aside,))
+
+
+def _judged(state: Rounds, event: Event) -> Result:
+    assert isinstance(event, Judged)
+    if state.round == 0:
+        return _finish(state, event.now, Outcome.MEASURED, event.reason, ())
+    if not event.accepted:
+        return _finish(state, event.now, Outcome.ROLLED_BACK, event.reason, ())
+    state = replace(state, model=state.candidate or state.model)
+    return _finish(state, event.now, Outcome.ACCEPTED, event.reason, ())
+
+
+def _finish(state: Rounds, now: int, outcome: Outcome, reason: str, before: Effects) -> Result:
+    effects = (*before, FinishRound(state.round, outcome, reason, state.model))
+    if state.round >= state.settings.rounds:
+        done = replace(state, phase=Phase.DONE, tasks=_no_tasks(), candidate=None)
+        return done, (*effects, SetDeadline(None), FinishJob(state.model))
+    state, opened = _wait(replace(state, round=state.round + 1), now)
+    return state, (*effects, *opened)
+
+
+Handler = Callable[[Rounds, Event], Result]
+TRANSITIONS: Mapping[tuple[Phase, type[Event]], Handler] = MappingProxyType(
+    {
+        (Phase.WAIT, DeviceSeen): _wait_seen,
+        (Phase.WAIT, DeadlinePassed): _wait_deadline,
+        (Phase.TRAIN, DeviceSeen): _late,
+        (Phase.TRAIN, UpdateAccepted): _answered,
+        (Phase.TRAIN, Declined): _declined,
+        (Phase.TRAIN, DeadlinePassed): _deadline,
+        (Phase.MERGE, Merged): _merged,
+        (Phase.MERGE, MergeFailed): _merge_failed,
+        (Phase.EVALUATE, DeviceSeen): _late,
+        (Phase.EVALUATE, UpdateAccepted): _answered,
+        (Phase.EVALUATE, Declined): _declined,
+        (Phase.EVALUATE, DeadlinePassed): _deadline,
+        (Phase.JUDGE, Judged): _judged,
+    }
+)
+
+
+def to_json(state: Rounds) -> dict[str, Any]:
+    """What the journal stores. Who was online is part of it: online until the broker says otherwise."""
+    return {
+        "online": sorted(state.online),
+        "patient": state.patient,
+        "round": state.round,
+        "phase": state.phase.value,
+        "model": state.model,
+        "candidate": state.candidate,
+        "opened": state.opened,
+        "deadline": state.deadline,
+        "phase_opened": state.phase_opened,
+        "phase_deadline": state.phase_deadline,
+        "tasks": {d: [held.task, held.answer.value, held.reason] for d, held in state.tasks.items()},
+    }
+
+
+def from_json(settings: Settings, saved: Mapping[str, Any]) -> Rounds:
+    """The inverse of `to_json`, under the settings of the job file as it is now."""
+    tasks = {
+        d: TaskState(task, Answer(answer), reason) for d, (task, answer, reason) in saved["tasks"].items()
+    }
+    return Rounds(
+        settings=settings,
+        round=saved["round"],
+        phase=Phase(saved["phase"]),
+        model=saved["model"],
+        candidate=saved["candidate"],
+        opened=saved["opened"],
+        deadline=saved["deadline"],
+        phase_opened=saved["phase_opened"],
+        phase_deadline=saved["phase_deadline"],
+        tasks=MappingProxyType(tasks),
+        online=frozenset(saved["online"]),
+        patient=saved["patient"],
+    )
