@@ -1,0 +1,127 @@
+"""`device.toml`: what one device needs to know about itself. Parsed strictly: unknown keys are refused by name.
+
+    id = "press-04"                     this device: lower-case letters, digits, hyphens, at most 32
+    site = "bremen"                     as in the job file
+    job = "watch"
+    prefix = "acme/plant-2"             optional: topic levels above Edgewise's own
+    broker = "mqtt://127.0.0.1:18830"   where the gateway's broker listens
+    bundle = "watch.bundle"             the model and its programs
+    program = "watch/lora/r4/int8"      whose `infer` graph predicts (default: the first program that trains)
+    store = "store"                     folder of samples, outbox and downloads; made when it is missing
+    device_key = "press-04.key"         signs this device's offers; stays on this device
+    control_key = "control.pub"         whose rounds, tasks and verdicts are believed
+    release_key = "release.pub"         optional: then only a bundle signed by it is opened
+
+    [limits]
+    threads = 1                         threads of one training step
+    seconds = 600                       of training per task; it then ends after the current step
+    temperature_celsius = 75            training waits while the hottest zone is above (where Linux tells)
+    sample_bytes = 67108864             the device's own examples; the oldest go first
+    outbox_bytes = 268435456            updates waiting for the gateway
+    outbox_entries = 256
+
+Paths are relative to the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_sdk.errors import EdgewiseError
+
+
+class ConfigError(EdgewiseError):
+    """A `device.toml` that cannot be used as it is."""
+
+
+@dataclass(frozen=True)
+class DeviceLimits:
+    """What training and storage may take of the device: threads, seconds per task, degrees Celsius, bytes, entries."""
+
+    threads: int = 1
+    seconds: float | None = None
+    temperature_celsius: float | None = None
+    sample_bytes: int = 64 << 20
+    outbox_bytes: int = 256 << 20
+    outbox_entries: int = 256
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """One `device.toml`; the module's docstring explains each field."""
+
+    id: str
+    site: str
+    job: str
+    broker: str
+    bundle: Path
+    store: Path
+    device_key: Path
+    control_key: Path
+    release_key: Path | None = None
+    prefix: str = ""
+    program: str | None = None
+    limits: DeviceLimits = DeviceLimits()
+
+    @classmethod
+    def load(cls, path: Path) -> DeviceConfig:
+        """Read and check a `device.toml`. Raises `ConfigError` naming file and key."""
+        try:
+            with path.open("rb") as file:
+                content = tomllib.load(file)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror}); `edgewise devices add` makes one") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not a TOML file: {error}") from error
+        return cls._from(content, path)
+
+    @classmethod
+    def _from(cls, content: Mapping[str, Any], path: Path) -> DeviceConfig:
+        values = _typed(content, _FIELDS, path, "")
+        missing = [name for name in _REQUIRED if name not in values]
+        if missing:
+            raise ConfigError(f"{path}: the key {missing[0]!r} is missing")
+        for name in ("id", "site", "job"):
+            if not _SEGMENT.fullmatch(values[name]):
+                raise ConfigError(
+                    f"{path}: {name} = {values[name]!r} must be 1 to 32 lower-case letters, digits and hyphens "
+                    "and must not begin with a hyphen"
+                )
+        for name in _PATHS & values.keys():
+            values[name] = (path.parent / values[name]).resolve()
+        limits = _typed(values.pop("limits", {}), _LIMITS, path, "limits.")
+        for name, value in limits.items():
+            if value <= 0:
+                raise ConfigError(f"{path}: limits.{name} = {value} must be above 0")
+        return cls(limits=DeviceLimits(**limits), **values)
+
+
+_SEGMENT = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+_REQUIRED = ("id", "site", "job", "broker", "bundle", "store", "device_key", "control_key")
+_PATHS = {"bundle", "store", "device_key", "control_key", "release_key"}
+_FIELDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys([*_REQUIRED, "release_key", "prefix", "program"], (str,)),
+    "limits": (dict,),
+}
+_LIMITS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(["threads", "sample_bytes", "outbox_bytes", "outbox_entries"], (int,)),
+    **dict.fromkeys(["seconds", "temperature_celsius"], (int, float)),
+}
+
+
+def _typed(content: Mapping[str, Any], known: Mapping[str, tuple[type, ...]], path: Path, where: str) -> dict[str, Any]:
+    for name, value in content.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(sorted(known))}"
+            raise ConfigError(f"{path}: unknown key {where + name!r}{hint}")
+        if not isinstance(value, known[name]) or isinstance(value, bool):
+            expected = " or ".join(kind.__name__ for kind in known[name])
+            raise ConfigError(f"{path}: {where}{name} = {value!r} must be {expected}")
+    return dict(content)
