@@ -27,20 +27,20 @@ with `minimum` of them, so that a device that died does not end the job.
 
 Transitions (`TRANSITIONS` is the same table as code; open phase = train or evaluate)
 ----------------------------------------------------------------------------------
-| phase      | event          | what follows                                         | next phase               |
-|------------|----------------|------------------------------------------------------|--------------------------|
-| wait       | DeviceSeen     | enough online: OpenPhase, IssueTasks                 | train (evaluate*)        |
-| wait       | DeadlinePassed | `minimum` online: OpenPhase, IssueTasks              | train (evaluate*)        |
-| open phase | DeviceSeen     | room left: IssueTasks for the device                 | same                     |
-| open phase | UpdateAccepted | counted; enough: ClosePhase                          | same, merge, judge       |
-| open phase | Declined       | counted; enough: ClosePhase                          | same, merge, judge       |
-| open phase | DeadlinePassed | ClosePhase, WithdrawTasks; too few: FinishRound      | merge, judge, wait, done |
-| merge      | Merged         | OpenPhase evaluate, IssueTasks; no gate: FinishRound | evaluate, wait, done     |
-| merge      | MergeFailed    | SetAside, FinishRound failed                         | wait, done               |
-| judge      | Judged         | FinishRound accepted or rolled back (0: measured)    | wait, done               |
-| any        | UpdateAccepted | its phase is closed: LeaveOut                        | same                     |
-| any        | DeviceSeen     | remembered for the next phase; DeviceLost likewise   | same                     |
-| any        | Restarted      | the effects of the present phase once more           | same                     |
+| phase      | event          | what follows                                         | next phase            |
+|------------|----------------|------------------------------------------------------|-----------------------|
+| wait       | DeviceSeen     | enough online: OpenPhase, IssueTasks                 | train (evaluate*)     |
+| wait       | DeadlinePassed | `minimum` online: OpenPhase, IssueTasks              | train (evaluate*)     |
+| open phase | DeviceSeen     | room left: IssueTasks for the device                 | same                  |
+| open phase | UpdateAccepted | counted; enough: ClosePhase                          | same, merge, judge    |
+| open phase | Declined       | counted; enough: ClosePhase                          | same, merge, judge    |
+| open phase | DeadlinePassed | ClosePhase, WithdrawTasks; too few: FinishRound      | merge/judge/wait/done |
+| merge      | Merged         | OpenPhase evaluate, IssueTasks; no gate: FinishRound | evaluate, wait, done  |
+| merge      | MergeFailed    | SetAside, FinishRound failed                         | wait, done            |
+| judge      | Judged         | FinishRound accepted or rolled back (0: measured)    | wait, done            |
+| any        | UpdateAccepted | its phase is closed: LeaveOut                        | same                  |
+| any        | DeviceSeen     | remembered for the next phase; DeviceLost likewise   | same                  |
+| any        | Restarted      | the effects of the present phase once more           | same                  |
 
 (*) round 0 has no `train`: it evaluates the initial model, so that round 1 has something to be compared with.
 """

@@ -1,0 +1,101 @@
+"""A folder of immutable files named by their SHA-256: the models that devices fetch, chunk by chunk.
+
+Rules: a file appears under its name only when all of its bytes are on disk (write aside, `fsync`, rename,
+`fsync` of the folder); names are digests and nothing else, so no request can leave the folder; nothing is
+overwritten.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from edge_sdk.tensors import digest as digest_of
+
+from edge_sdk.errors import StorageError
+
+log = logging.getLogger(__name__)
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class BlobStore:
+    """Content-addressed files below `folder` (made if absent)."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob("*.tmp"):  # of a process that was killed in `put`
+            leftover.unlink(missing_ok=True)
+
+    def put(self, data: bytes) -> str:
+        """Store `data` and return its digest (hex64). Raises `StorageError` when the disk refuses."""
+        digest = digest_of(data)
+        target = self._folder / digest
+        if target.exists():
+            return digest
+        aside = self._folder / f"{digest}.tmp"
+        try:
+            with aside.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.rename(target)
+            sync_folder(self._folder)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            raise StorageError(
+                f"{target}: cannot store {len(data)} bytes: {error}; free some disk space"
+            ) from error
+        return digest
+
+    def size(self, digest: str) -> int | None:
+        """Bytes of a blob, or None if it is not here."""
+        try:
+            return self._path(digest).stat().st_size
+        except OSError:
+            return None
+
+    def read(self, digest: str) -> bytes:
+        """The whole blob, checked against its name. Raises `StorageError` if it is absent or was changed."""
+        path = self._path(digest)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise StorageError(
+                f"{path}: cannot read this model: {error}; restore the state folder"
+            ) from error
+        if digest_of(data) != digest:
+            raise StorageError(f"{path}: the bytes do not match the file's name; restore the state folder")
+        return data
+
+    def chunk(self, digest: str, index: int, size: int) -> bytes | None:
+        """Bytes `[index * size, (index + 1) * size)`, shorter at the end; None outside it."""
+        try:
+            with self._path(digest).open("rb") as file:
+                file.seek(index * size)
+                return file.read(size) or None
+        except (OSError, ValueError, OverflowError):
+            return None
+
+    def prune(self, keep: Collection[str]) -> None:
+        """Delete every blob whose digest is not in `keep`."""
+        for path in self._folder.iterdir():
+            if path.name not in keep:
+                path.unlink(missing_ok=True)
+
+    def _path(self, digest: str) -> Path:
+        if not _DIGEST.fullmatch(digest):
+            raise StorageError(f"{digest[:80]!r} is not a digest: 64 hexadecimal digits were expected")
+        return self._folder / digest
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
