@@ -1,0 +1,250 @@
+"""The round machine, by plain calls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from aggregator import rounds
+from aggregator.rounds import Answer, Outcome, Phase, Rounds, Settings
+
+MODEL, CANDIDATE = "0" * 64, "c" * 64
+DEVICES = ("d1", "d2", "d3")
+
+
+def drive(state: Rounds, *events: rounds.Event) -> tuple[Rounds, list[rounds.Effect]]:
+    effects: list[rounds.Effect] = []
+    for event in events:
+        state, new = rounds.step(state, event)
+        effects += new
+    return state, effects
+
+
+def started(settings: Settings, devices: Sequence[str] = DEVICES, now: int = 0) -> Rounds:
+    state = rounds.initial(settings, MODEL)
+    return drive(state, rounds.Restarted(now), *(rounds.DeviceSeen(now, device) for device in devices))[0]
+
+
+def answers(state: Rounds, devices: Sequence[str], now: int = 10) -> list[rounds.Event]:
+    return [rounds.UpdateAccepted(now, device, state.tasks[device].task) for device in devices]
+
+
+def of(effects: Sequence[rounds.Effect], kind: type[rounds.Effect]) -> list[rounds.Effect]:
+    return [effect for effect in effects if isinstance(effect, kind)]
+
+
+GATED = Settings(rounds=2, nonce="n", devices_wait=3, deadline_ms=1000)
+UNGATED = Settings(rounds=2, nonce="n", devices_wait=3, deadline_ms=1000, evaluates=False)
+
+
+def test_round_zero_measures_the_initial_model_before_anything_is_trained() -> None:
+    state = started(GATED)
+    assert (state.round, state.phase, state.candidate) == (0, Phase.EVALUATE, MODEL)
+    state, effects = drive(state, *answers(state, DEVICES))
+    assert of(effects, rounds.Judge) == [rounds.Judge(0, MODEL, MODEL)]
+    state, effects = drive(state, rounds.Judged(20, True, "measured"))
+    assert of(effects, rounds.FinishRound) == [rounds.FinishRound(0, Outcome.MEASURED, "measured", MODEL)]
+    assert (state.round, state.phase) == (1, Phase.TRAIN)
+
+
+def test_a_round_goes_from_training_over_the_merge_to_the_gate_and_the_next_round() -> None:
+    state, _ = drive(started(GATED), *answers(started(GATED), DEVICES), rounds.Judged(20, True, ""))
+    state, effects = drive(state, *answers(state, DEVICES, 30))
+    assert of(effects, rounds.Merge) == [rounds.Merge(1, MODEL)]
+    state, effects = drive(state, rounds.Merged(40, CANDIDATE))
+    assert state.phase is Phase.EVALUATE
+    (issue,) = of(effects, rounds.IssueTasks)
+    assert isinstance(issue, rounds.IssueTasks)
+    assert (issue.start, issue.deadline) == (CANDIDATE, state.deadline)
+    state, effects = drive(state, *answers(state, DEVICES, 50))
+    assert of(effects, rounds.Judge) == [rounds.Judge(1, MODEL, CANDIDATE)]
+    state, effects = drive(state, rounds.Judged(60, True, "better"))
+    assert of(effects, rounds.FinishRound) == [rounds.FinishRound(1, Outcome.ACCEPTED, "better", CANDIDATE)]
+    assert (state.round, state.model) == (2, CANDIDATE)
+
+
+def test_a_worse_candidate_is_rolled_back_with_its_reason() -> None:
+    state, _ = drive(started(GATED), *answers(started(GATED), DEVICES), rounds.Judged(20, True, ""))
+    state, _ = drive(state, *answers(state, DEVICES, 30))
+    state, _ = drive(state, rounds.Merged(40, CANDIDATE))
+    state, effects = drive(state, *answers(state, DEVICES, 50), rounds.Judged(60, False, "0.5 after 0.8"))
+    assert of(effects, rounds.FinishRound) == [
+        rounds.FinishRound(1, Outcome.ROLLED_BACK, "0.5 after 0.8", MODEL)
+    ]
+    assert (state.round, state.model) == (2, MODEL)
+
+
+def test_without_a_gate_the_merge_ends_the_round_and_the_job_ends_after_its_rounds() -> None:
+    state = started(UNGATED)
+    assert (state.round, state.phase) == (1, Phase.TRAIN)
+    for number in (1, 2):
+        state, _ = drive(state, *answers(state, DEVICES))
+        state, effects = drive(state, rounds.Merged(20, CANDIDATE))
+        assert of(effects, rounds.FinishRound) == [
+            rounds.FinishRound(number, Outcome.ACCEPTED, "the job has no gate", CANDIDATE)
+        ]
+    assert state.phase is Phase.DONE
+    assert of(effects, rounds.FinishJob) == [rounds.FinishJob(CANDIDATE)]
+
+
+def test_a_quorum_closes_the_phase_early_and_later_updates_are_left_out() -> None:
+    state = started(Settings(rounds=1, nonce="n", devices_wait=3, quorum=2, evaluates=False))
+    late = answers(state, ["d3"])
+    state, effects = drive(state, *answers(state, ["d1", "d2"]))
+    assert state.phase is Phase.MERGE
+    assert of(effects, rounds.WithdrawTasks) == [rounds.WithdrawTasks(("d3",))]
+    _, effects = drive(state, *late)
+    assert [type(effect) for effect in effects] == [rounds.LeaveOut]
+
+
+def test_the_phases_take_their_deadlines_from_the_deadline_of_the_round() -> None:
+    state, _ = drive(started(GATED), *answers(started(GATED), DEVICES), rounds.Judged(100, True, ""))
+    assert (state.deadline, state.phase_deadline) == (1100, 800)
+    state, _ = drive(
+        state, *answers(state, ["d1"], 200), rounds.DeadlinePassed(800), rounds.Merged(801, CANDIDATE)
+    )
+    assert (state.phase, state.phase_deadline) == (Phase.EVALUATE, 1101)
+
+
+def test_a_round_without_updates_is_empty_and_the_model_stays() -> None:
+    state, effects = drive(started(UNGATED), rounds.DeadlinePassed(1000))
+    (finished,) = of(effects, rounds.FinishRound)
+    assert isinstance(finished, rounds.FinishRound)
+    assert (finished.outcome, finished.model) == (Outcome.EMPTY, MODEL)
+    assert (state.round, state.phase) == (2, Phase.TRAIN)
+
+
+def test_fewer_updates_than_the_minimum_are_set_aside() -> None:
+    state = started(Settings(rounds=1, nonce="n", devices_wait=3, minimum=2, evaluates=False))
+    state, effects = drive(state, *answers(state, ["d1"]), rounds.DeadlinePassed(10**6))
+    assert of(effects, rounds.SetAside) == [rounds.SetAside(1, Phase.TRAIN, "too_few_updates")]
+    (finished,) = of(effects, rounds.FinishRound)
+    assert isinstance(finished, rounds.FinishRound)
+    assert finished.outcome is Outcome.TOO_FEW
+
+
+def test_a_failed_merge_keeps_the_model_and_goes_on() -> None:
+    state = started(UNGATED)
+    state, effects = drive(state, *answers(state, DEVICES), rounds.MergeFailed(30, "no rank"))
+    assert of(effects, rounds.SetAside) == [rounds.SetAside(1, Phase.TRAIN, "merge_failed")]
+    assert (state.round, state.model, state.phase) == (2, MODEL, Phase.TRAIN)
+
+
+def test_devices_that_decline_do_not_hold_up_the_round() -> None:
+    state = started(UNGATED)
+    state, _ = drive(
+        state, *answers(state, ["d1", "d2"]), rounds.Declined(9, "d3", state.tasks["d3"].task, "no samples")
+    )
+    assert state.phase is Phase.MERGE
+
+
+def test_when_all_decline_the_phase_waits_for_others_until_its_deadline() -> None:
+    state = started(UNGATED)
+    declined = [rounds.Declined(9, device, state.tasks[device].task, "no samples") for device in DEVICES]
+    state, _ = drive(state, *declined)
+    assert (state.phase, state.count(Answer.DECLINED)) == (Phase.TRAIN, 3)
+    state, effects = drive(state, rounds.DeviceSeen(20, "d4"))
+    assert len(of(effects, rounds.IssueTasks)) == 1
+    state, _ = drive(state, *answers(state, ["d4"]))
+    assert state.phase is Phase.MERGE
+
+
+def test_a_lost_device_does_not_stop_the_round() -> None:
+    state, _ = drive(started(UNGATED), rounds.DeviceLost(5, "d3"))
+    assert "d3" in state.tasks  # it may come back with its update
+    state, _ = drive(state, *answers(state, ["d1", "d2"]), rounds.DeadlinePassed(1000))
+    assert state.phase is Phase.MERGE
+
+
+@pytest.mark.parametrize(("now", "gets_one"), [(500, True), (501, False)])
+def test_a_device_that_comes_late_gets_a_task_while_half_of_the_time_is_left(
+    now: int, gets_one: bool
+) -> None:
+    state, effects = drive(started(UNGATED), rounds.DeviceSeen(now, "d4"))
+    assert bool(of(effects, rounds.IssueTasks)) is gets_one
+    assert ("d4" in state.tasks) is gets_one
+
+
+def test_a_round_opens_with_fewer_devices_when_the_others_do_not_come() -> None:
+    state = started(UNGATED, ["d1"])
+    assert state.phase is Phase.WAIT
+    opened, _ = drive(state, rounds.DeadlinePassed(1000))
+    assert opened.phase is Phase.TRAIN
+    alone, _ = drive(started(UNGATED, []), rounds.DeadlinePassed(1000))
+    assert alone.phase is Phase.WAIT
+    opened, _ = drive(alone, rounds.DeviceSeen(5000, "d1"))
+    assert opened.phase is Phase.TRAIN
+
+
+def test_a_finished_job_goes_on_when_its_file_asks_for_more_rounds() -> None:
+    state = started(Settings(rounds=1, nonce="n", devices_wait=3, evaluates=False))
+    state, _ = drive(state, *answers(state, DEVICES))
+    state, _ = drive(state, rounds.Merged(20, CANDIDATE))
+    assert state.phase is Phase.DONE
+    more = rounds.from_json(UNGATED, rounds.to_json(state))
+    more, effects = drive(more, rounds.Restarted(50))
+    assert (more.round, more.phase) == (2, Phase.TRAIN)
+    assert not of(effects, rounds.FinishJob)
+
+
+def test_task_ids_differ_between_journals_rounds_phases_and_devices() -> None:
+    ids = {
+        rounds.task_id(Settings(rounds=1, nonce=nonce), number, phase, device)
+        for nonce in "ab"
+        for number in (1, 2)
+        for phase in (Phase.TRAIN, Phase.EVALUATE)
+        for device in DEVICES
+    }
+    assert len(ids) == 24
+
+
+_EVENTS = st.one_of(
+    st.tuples(st.sampled_from(["seen", "lost", "answer", "decline"]), st.sampled_from(DEVICES)),
+    st.tuples(st.sampled_from(["deadline", "merged", "merge_failed", "yes", "no", "restart"]), st.just("")),
+)
+
+
+def _event(state: Rounds, kind: str, device: str, now: int) -> rounds.Event:
+    task = state.tasks[device].task if device in state.tasks else "f" * 16
+    return {
+        "seen": lambda: rounds.DeviceSeen(now, device),
+        "lost": lambda: rounds.DeviceLost(now, device),
+        "answer": lambda: rounds.UpdateAccepted(now, device, task),
+        "decline": lambda: rounds.Declined(now, device, task, "busy"),
+        "deadline": lambda: rounds.DeadlinePassed(now),
+        "merged": lambda: rounds.Merged(now, f"{now:064x}"),
+        "merge_failed": lambda: rounds.MergeFailed(now, "x"),
+        "yes": lambda: rounds.Judged(now, True, ""),
+        "no": lambda: rounds.Judged(now, False, ""),
+        "restart": lambda: rounds.Restarted(now),
+    }[kind]()
+
+
+@hypothesis_settings(max_examples=300, deadline=None)
+@given(st.lists(_EVENTS, max_size=60), st.booleans(), st.integers(1, 3))
+def test_whatever_happens_rounds_end_in_order_and_each_has_one_outcome(
+    script: list[tuple[str, str]], evaluates: bool, minimum: int
+) -> None:
+    settings = Settings(rounds=3, nonce="n", minimum=minimum, evaluates=evaluates, deadline_ms=100)
+    state, finished, accepted = rounds.initial(settings, MODEL), [], MODEL
+    for now, (kind, device) in enumerate(script):
+        before = state
+        state, effects = rounds.step(state, _event(state, kind, device, now))
+        if kind == "restart":  # what the journal holds is enough to go on
+            again = rounds.from_json(settings, json.loads(json.dumps(rounds.to_json(before))))
+            assert rounds.step(again, rounds.Restarted(now)) == (state, effects)
+        for effect in effects:
+            if isinstance(effect, rounds.FinishRound):
+                finished.append(effect.round)
+                if effect.outcome is not Outcome.ACCEPTED:
+                    assert effect.model == accepted
+                accepted = effect.model
+        assert state.model == accepted
+    first = 0 if evaluates else 1
+    assert finished == list(range(first, first + len(finished)))
+    assert all(number <= settings.rounds for number in finished)
