@@ -40,7 +40,7 @@ Transitions (`TRANSITIONS` is the same table as code; open phase = train or eval
 | judge      | Judged         | FinishRound accepted or rolled back (0: measured)    | wait, done            |
 | any        | UpdateAccepted | its phase is closed: LeaveOut                        | same                  |
 | any        | DeviceSeen     | remembered for the next phase; DeviceLost likewise   | same                  |
-| any        | Restarted      | the effects of the present phase once more           | same                  |
+| any        | Restarted      | SetDeadline, Merge or Judge once more                | same                  |
 
 (*) round 0 has no `train`: it evaluates the initial model, so that round 1 has something to be compared with.
 """
@@ -152,7 +152,8 @@ class Event:
 
 @dataclass(frozen=True)
 class Restarted(Event):
-    """The shell has restored this state, or starts with a fresh one."""
+    """The shell has restored this state, with the published messages and open tasks that belong to it, or is
+    new."""
 
 
 @dataclass(frozen=True)
@@ -362,7 +363,7 @@ def _resume(state: Rounds, event: Restarted) -> Result:
         return _close(state, event.now)
     # The job file may have lowered the quorum meanwhile.
     closed, effects = _close_if_enough(state, event.now)
-    return closed, (_open_effect(state), SetDeadline(state.phase_deadline), *effects)
+    return closed, (SetDeadline(state.phase_deadline), *effects)
 
 
 def _wait(state: Rounds, now: int) -> Result:
