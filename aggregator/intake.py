@@ -100,6 +100,7 @@ class OpenUpload:
     task: str
     round: int
     phase: str
+    start: str  # digest of the tensors the task started from
     digest: str
     size: int  # bytes
     chunk: int  # bytes
@@ -251,7 +252,6 @@ class Verified(Event):
 
     device: str
     upload: str
-    start: str
     norm: float | None = None
     evidence: tuple[float, float] | None = None
 
@@ -343,7 +343,6 @@ class Accept(Durable):
     """The ledger row, and the end of the offer."""
 
     upload: OpenUpload
-    start: str
     norm: float | None
     evidence: tuple[float, float] | None
 
@@ -558,6 +557,7 @@ def _admit(state: Intake, event: Offered, task: IssuedTask) -> Result:
         task=offer.task,
         round=task.round,
         phase=task.phase,
+        start=task.start,
         digest=offer.digest,
         size=offer.size,
         chunk=offer.chunk,
@@ -634,7 +634,7 @@ def _verified(state: Intake, event: Verified) -> Result:
     if progress is None or progress.stage is not Stage.VERIFYING:
         return _ignore(state, "stray_verdict")
     return replace(state, uploads=_without(state.uploads, key)), (
-        Accept(progress.info, event.start, event.norm, event.evidence),
+        Accept(progress.info, event.norm, event.evidence),
         Tell(rounds.UpdateAccepted(event.now, event.device, progress.info.task)),
         SendAck(*key, "accepted"),
     )

@@ -27,10 +27,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aggregator.intake import OpenUpload, Presence
 from edge_sdk.errors import EdgewiseError, StorageError
+
+if TYPE_CHECKING:
+    from aggregator.job import Job
 
 log = logging.getLogger(__name__)
 
@@ -209,10 +212,11 @@ CREATE TABLE compacted (
   PRIMARY KEY (round, device, fate)
 ) WITHOUT ROWID;
 CREATE TABLE offer (
-  device TEXT NOT NULL, upload TEXT NOT NULL, outbox_id TEXT NOT NULL, seq INTEGER NOT NULL, task TEXT NOT
-  NULL, round INTEGER NOT NULL, phase TEXT NOT NULL, digest TEXT NOT NULL, size INTEGER NOT NULL, chunk
-  INTEGER NOT NULL, chunks INTEGER NOT NULL, num_examples INTEGER NOT NULL, metrics TEXT NOT NULL, failures
-  INTEGER NOT NULL, PRIMARY KEY (device, upload)
+  device TEXT NOT NULL, upload TEXT NOT NULL, outbox_id TEXT NOT NULL, seq INTEGER NOT NULL,
+  task TEXT NOT NULL, round INTEGER NOT NULL, phase TEXT NOT NULL, start TEXT NOT NULL, digest TEXT NOT NULL,
+  size INTEGER NOT NULL, chunk INTEGER NOT NULL, chunks INTEGER NOT NULL,
+  num_examples INTEGER NOT NULL, metrics TEXT NOT NULL, failures INTEGER NOT NULL,
+  PRIMARY KEY (device, upload)
 ) WITHOUT ROWID;
 CREATE TABLE part (
   device TEXT NOT NULL, upload TEXT NOT NULL, idx INTEGER NOT NULL, bytes BLOB NOT NULL,
@@ -340,22 +344,23 @@ class Journal:
     def store_offer(self, upload: OpenUpload) -> None:
         """Remember an offer; a repeated one changes nothing but the count of failures."""
         self._db.execute(
-            "INSERT INTO offer VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?) "
+            "INSERT INTO offer VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?) "
             "ON CONFLICT (device, upload) DO UPDATE SET failures=excluded.failures",
             (
                 *(upload.device, upload.upload, upload.outbox_id, upload.seq, upload.task, upload.round),
-                *(upload.phase, upload.digest, upload.size, upload.chunk, upload.chunks, upload.num_examples),
+                *(upload.phase, upload.start, upload.digest, upload.size, upload.chunk, upload.chunks),
+                upload.num_examples,
                 *(json.dumps(dict(upload.metrics), sort_keys=True), upload.failures),
             ),
         )
 
     def offers(self) -> list[tuple[OpenUpload, frozenset[int]]]:
         """Every open upload with the chunk indexes that are stored."""
-        columns = (
-            "device, upload, outbox_id, seq, task, round, phase, digest, size, chunk, chunks, num_examples"
+        rows = self._db.execute(
+            "SELECT device, upload, outbox_id, seq, task, round, phase, start, digest, size, chunk, chunks, "
+            "num_examples, metrics, failures FROM offer ORDER BY device, upload"
         )
-        rows = self._db.execute(f"SELECT {columns}, metrics, failures FROM offer ORDER BY device, upload")  # noqa: S608
-        uploads = [OpenUpload(*(*row[:12], json.loads(row[12]), row[13])) for row in rows]
+        uploads = [OpenUpload(*(*row[:13], json.loads(row[13]), row[14])) for row in rows]
         return [(upload, self.stored(upload.device, upload.upload)) for upload in uploads]
 
     def stored(self, device: str, upload: str) -> frozenset[int]:
@@ -409,7 +414,7 @@ class Journal:
         found = self._db.execute("SELECT 1 FROM ledger WHERE device=? AND task=?", (device, task))
         return found.fetchone() is not None
 
-    def accept(self, upload: OpenUpload, *, start: str, norm: float | None, now: int) -> None:
+    def accept(self, upload: OpenUpload, *, norm: float | None, now: int) -> None:
         """Insert the ledger row and delete the offer; the parts stay as the body. Raises on a second
         acceptance."""
         self._db.execute(
@@ -417,7 +422,7 @@ class Journal:
             "num_examples, metrics, norm, accepted_at) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
             (
                 *(upload.device, upload.outbox_id, upload.seq, upload.upload, upload.digest, upload.size),
-                *(upload.task, upload.round, upload.phase, start, upload.num_examples),
+                *(upload.task, upload.round, upload.phase, upload.start, upload.num_examples),
                 *(json.dumps(dict(upload.metrics), sort_keys=True), norm, now),
             ),
         )
@@ -665,6 +670,36 @@ def read_journal(folder: Path, rounds: int) -> Status | None:
             return _status(db, rounds, running=running)
     except sqlite3.Error as error:
         raise JournalError(f"{path}: cannot read the journal: {error}") from error
+
+
+def read_status(job: Job) -> Status:
+    """The status of a job, read from its journal without disturbing a running service."""
+    status = read_journal(job.state, job.rounds)
+    if status is not None:
+        return status
+    return Status(
+        site=job.site,
+        job=job.job,
+        program=job.program,
+        state="new",
+        round=0,
+        rounds=job.rounds,
+        phase="wait",
+        phase_deadline=None,
+        assigned=0,
+        answered=0,
+        declined=0,
+        model=None,
+        devices=(),
+        alarms=(),
+        accepted=0,
+        merged=0,
+        pending=0,
+        set_aside={},
+        refused={},
+        duplicated=0,
+        history=(),
+    )
 
 
 def _status(db: sqlite3.Connection, rounds: int, *, running: bool) -> Status:

@@ -35,6 +35,7 @@ def upload(seq: int = 1, device: str = "dev-1", **changes: object) -> OpenUpload
         "task": f"{seq:016x}",
         "round": 1,
         "phase": "train",
+        "start": "s" * 64,
         "digest": "d" * 64,
         "size": 10,
         "chunk": 4,
@@ -49,7 +50,7 @@ def accept(journal: Journal, item: OpenUpload, norm: float | None = 1.0) -> None
     journal.store_offer(item)
     for index, part in enumerate((b"abcd", b"efgh", b"ij")):
         journal.store_chunk(item.device, item.upload, index, part)
-    journal.accept(item, start="s" * 64, norm=norm, now=5)
+    journal.accept(item, norm=norm, now=5)
 
 
 def store_large(journal: Journal) -> None:
