@@ -1,0 +1,1 @@
+"""Profiles of hardware, and everything done to a device: identities, signatures, flashing."""

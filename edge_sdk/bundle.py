@@ -15,6 +15,8 @@ What this module does not do: it opens no network connection and runs no graph.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import json
 import logging
@@ -31,7 +33,8 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from edge_sdk.errors import BundleError, TensorsError
+from edge_sdk.errors import BundleError
+from edge_sdk.fields import FieldSpec
 from edge_sdk.keys import VerifyKey
 from edge_sdk.tensors import Array, TensorSpec, digest, pack
 
@@ -51,15 +54,6 @@ MERGES: Final = ("mean", "lora_a", "lora_b", "moments", "sum", "keep")
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True)
-class FieldSpec:
-    """One data field of a sample (`d.x`, `d.y`, ...): dtype and shape without the batch axis."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -183,9 +177,7 @@ class Bundle:
         self._temporary = temporary
 
     @classmethod
-    def open(
-        cls, path: Path | str, *, release_key: VerifyKey | None = None, unpack_to: Path | None = None
-    ) -> Bundle:
+    def open(cls, path: Path | str, *, release_key: VerifyKey | None = None, unpack_to: Path | None = None) -> Bundle:
         """Verify a bundle and unpack its files.
 
         `path` is the archive, or a folder that holds an unpacked one. The files go to `unpack_to/<digest>` and stay
@@ -295,7 +287,14 @@ class _Archive:
             raise BundleError(f"{self.path}: {name} has {size} bytes, at most {limit} are allowed")
         try:
             return self._zip.read(name)
-        except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+        except (
+            zipfile.BadZipFile,
+            OSError,
+            EOFError,
+            ValueError,
+            NotImplementedError,
+            RuntimeError,
+        ) as error:
             raise _damaged(self.path, name, str(error)) from error
 
     def copy(self, name: str, target: Path, size: int, expected: str) -> None:
@@ -315,7 +314,11 @@ class _Archive:
         except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
             raise _damaged(self.path, name, str(error)) from error
         if left != 0 or hasher.hexdigest() != expected:
-            raise _damaged(self.path, name, f"its SHA-256 should be {expected[:16]}..., found {hasher.hexdigest()[:16]}...")
+            raise _damaged(
+                self.path,
+                name,
+                f"its SHA-256 should be {expected[:16]}..., found {hasher.hexdigest()[:16]}...",
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -334,7 +337,7 @@ class _Reader:
         self._path = path
 
     def text(self, key: str) -> str:
-        return self._typed(self._content, key, str)
+        return str(self._typed(self._content, key, str))
 
     def hex64(self, key: str) -> str:
         value = self.text(key)
@@ -356,7 +359,13 @@ class _Reader:
     def fields(self) -> tuple[FieldSpec, ...]:
         rows = self._typed(self._content, "fields", list)
         return tuple(
-            FieldSpec(self._typed(row, "name", str), self._typed(row, "dtype", str), self._shape(row)) for row in rows
+            FieldSpec(
+                self._typed(row, "name", str),
+                self._typed(row, "dtype", str),
+                self._shape(row),
+                row.get("classes"),
+            )
+            for row in rows
         )
 
     def tensors(self) -> dict[str, TensorEntry]:
@@ -486,9 +495,6 @@ def _check_signature(path: Path, manifest: bytes, signature: bytes | None, key: 
         return
     if signature is None:
         raise BundleError(f"{path}: is not signed, and this device opens only bundles signed by its release key")
-    import base64
-    import binascii
-
     try:
         raw = base64.b64decode(signature, validate=True)
     except (ValueError, binascii.Error):
@@ -574,5 +580,4 @@ __all__ = [
     "Program",
     "Score",
     "TensorEntry",
-    "TensorsError",
 ]

@@ -37,7 +37,11 @@ def _run_module(module: str, arguments: list[str]) -> int:
         )
     passed = [argument for argument in arguments if argument != "--"]
     # The child stands in for us, so that an interrupt reaches it directly and its exit code is ours.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(checkout), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(checkout), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+    }
     if sys.platform == "win32":
         return subprocess.run([sys.executable, "-m", module, *passed], env=environment, check=False).returncode
     os.execve(sys.executable, [sys.executable, "-m", module, *passed], environment)
+    return None

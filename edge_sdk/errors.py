@@ -32,7 +32,16 @@ class TaskError(EdgewiseError):
 
 
 class UpdateError(EdgewiseError):
-    """The body of an update is not what its program and the tensor table say it must be."""
+    """The body of an update is not what its program and the tensor table say it must be.
+
+    `reason` is a short code for journals and counters: `malformed`, `wrong_start`, `wrong_tensors`, `wrong_shape`,
+    `wrong_encoding`, `not_finite`.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
 
 
 class TensorsError(EdgewiseError):

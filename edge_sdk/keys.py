@@ -59,9 +59,7 @@ class VerifyKey:
 
     def save(self, path: Path) -> None:
         """Write the key as a PEM file."""
-        pem = self._key.public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
+        pem = self._key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
         path.write_bytes(pem)
 
 

@@ -67,15 +67,23 @@ def pack(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> bytes:
         array = np.asarray(value)
         code = _TO_CODE.get(array.dtype.name)
         if code is None:
-            raise TensorsError(f"tensor {name!r} has dtype {array.dtype}, expected one of {', '.join(sorted(_TO_CODE))}")
+            raise TensorsError(
+                f"tensor {name!r} has dtype {array.dtype}, expected one of {', '.join(sorted(_TO_CODE))}"
+            )
         data = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
-        header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [offset, offset + len(data)]}
+        header[name] = {
+            "dtype": code,
+            "shape": list(array.shape),
+            "data_offsets": [offset, offset + len(data)],
+        }
         offset += len(data)
         parts.append(data)
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     if len(text) > HEADER_LIMIT:
-        raise TensorsError(f"the header of {len(tensors)} tensors takes {len(text)} bytes, at most {HEADER_LIMIT} are allowed")
+        raise TensorsError(
+            f"the header of {len(tensors)} tensors takes {len(text)} bytes, at most {HEADER_LIMIT} are allowed"
+        )
     return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
 

@@ -1,0 +1,1 @@
+"""The workstation: a torch module or an ONNX file becomes a bundle."""

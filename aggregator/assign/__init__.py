@@ -1,0 +1,1 @@
+"""What each device is told to do in a round."""

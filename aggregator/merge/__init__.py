@@ -1,0 +1,1 @@
+"""The rules by which updates become one model."""

@@ -1,0 +1,1 @@
+"""Which tensors of a model train, and how its graph is cut."""
