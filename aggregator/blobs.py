@@ -13,9 +13,8 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from edge_sdk.tensors import digest as digest_of
-
 from edge_sdk.errors import StorageError
+from edge_sdk.tensors import digest as digest_of
 
 log = logging.getLogger(__name__)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -46,9 +45,7 @@ class BlobStore:
             sync_folder(self._folder)
         except OSError as error:
             aside.unlink(missing_ok=True)
-            raise StorageError(
-                f"{target}: cannot store {len(data)} bytes: {error}; free some disk space"
-            ) from error
+            raise StorageError(f"{target}: cannot store {len(data)} bytes: {error}; free some disk space") from error
         return digest
 
     def size(self, digest: str) -> int | None:
@@ -64,9 +61,7 @@ class BlobStore:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise StorageError(
-                f"{path}: cannot read this model: {error}; restore the state folder"
-            ) from error
+            raise StorageError(f"{path}: cannot read this model: {error}; restore the state folder") from error
         if digest_of(data) != digest:
             raise StorageError(f"{path}: the bytes do not match the file's name; restore the state folder")
         return data

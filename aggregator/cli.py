@@ -97,10 +97,7 @@ def _status(args: argparse.Namespace) -> int:
     heads = ["device", "state", "paused", "outbox", "accepted", "merged", "refused", "up", "down", "seen"]
     _table(heads, rows)
     for alarm in status.alarms:
-        print(
-            f"ALARM {alarm.kind} {alarm.device or '-'}: {alarm.detail} "
-            f"({alarm.count} times, {_ago(alarm.last)})"
-        )
+        print(f"ALARM {alarm.kind} {alarm.device or '-'}: {alarm.detail} ({alarm.count} times, {_ago(alarm.last)})")
     return 0
 
 
@@ -209,9 +206,7 @@ class Display:
 
 def _headline(status: Status) -> str:
     online = sum(device.online for device in status.devices)
-    text = (
-        f"{status.site}/{status.job}: {status.state}, round {status.round} of {status.rounds}, {status.phase}"
-    )
+    text = f"{status.site}/{status.job}: {status.state}, round {status.round} of {status.rounds}, {status.phase}"
     if status.phase in ("train", "evaluate"):
         text += f" {status.answered}/{status.assigned} answered"
         if status.declined:
@@ -237,13 +232,7 @@ def _share(value: float | None) -> str:
 
 
 def _bytes(count: int) -> str:
-    return (
-        f"{count} B"
-        if count < 1000
-        else f"{count / 1000:.1f} kB"
-        if count < 10**6
-        else f"{count / 10**6:.1f} MB"
-    )
+    return f"{count} B" if count < 1000 else f"{count / 1000:.1f} kB" if count < 10**6 else f"{count / 10**6:.1f} MB"
 
 
 def _ago(at: int) -> str:

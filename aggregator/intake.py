@@ -181,9 +181,7 @@ class Intake:
     tasks: Mapping[str, IssuedTask] = field(default_factory=_empty)  # device -> task of the open phase
     public: frozenset[str] = frozenset()  # digests every device may fetch
     synced: frozenset[str] = frozenset()  # devices whose present birth was answered by this process
-    offers: Mapping[str, tuple[int, ...]] = field(
-        default_factory=_empty
-    )  # device -> times in the last minute
+    offers: Mapping[str, tuple[int, ...]] = field(default_factory=_empty)  # device -> times in the last minute
     fetches: Mapping[str, tuple[float, int]] = field(default_factory=_empty)  # device -> (tokens, at)
     waiting: frozenset[str] = frozenset()  # devices told to wait
     storage_full: bool = False
@@ -458,16 +456,12 @@ def _offered(state: Intake, event: Offered) -> Result:
     offer, device, limits = event.offer, event.device, state.limits
     task = state.tasks.get(device)
     is_open = task is not None and task.task == offer.task
-    if not (
-        event.signature_ok and is_open and not event.answered and (device, offer.upload) not in state.uploads
-    ):
+    if not (event.signature_ok and is_open and not event.answered and (device, offer.upload) not in state.uploads):
         # Anything but the first offer for an open task is rationed.
         recent = (*(at for at in state.offers.get(device, ()) if at > event.now - MINUTE), event.now)
         state = replace(state, offers=_with(state.offers, device, recent[-limits.offers_per_minute - 1 :]))
         if len(recent) > limits.offers_per_minute:
-            return state, (
-                _wait(offer.upload, device, recent[-limits.offers_per_minute] + MINUTE - event.now),
-            )
+            return state, (_wait(offer.upload, device, recent[-limits.offers_per_minute] + MINUTE - event.now),)
     if not event.signature_ok:
         detail = "the offer is not signed by this device's key"
         return _reject(state, event, "bad_signature", detail, alarm=True)
@@ -483,20 +477,14 @@ def _offered(state: Intake, event: Offered) -> Result:
     if event.answered:
         return _reject(state, event, "already_answered", f"task {offer.task} has been answered")
     if task is None or not is_open:
-        return _reject(
-            state, event, "round_closed", f"round {offer.round} takes no more updates for this task"
-        )
+        return _reject(state, event, "round_closed", f"round {offer.round} takes no more updates for this task")
     if offer.base != task.base:
         return _reject(state, event, "wrong_base", f"base {offer.base[:12]}, expected {task.base[:12]}")
     most = min(task.update_bytes, limits.update_bytes)
     if offer.size > most:
-        return _reject(
-            state, event, "too_large", f"{offer.size} bytes, at most {most} for this task's program"
-        )
+        return _reject(state, event, "too_large", f"{offer.size} bytes, at most {most} for this task's program")
     if offer.chunk != limits.chunk or offer.chunks != -(-offer.size // offer.chunk) or offer.size < 1:
-        detail = (
-            f"{offer.size} bytes in {offer.chunks} chunks of {offer.chunk}, expected chunks of {limits.chunk}"
-        )
+        detail = f"{offer.size} bytes in {offer.chunks} chunks of {offer.chunk}, expected chunks of {limits.chunk}"
         return _reject(state, event, "bad_geometry", detail)
     if offer.num_examples < 1:
         return _reject(state, event, "bad_content", "num_examples is 0, at least 1 was expected")
@@ -517,9 +505,7 @@ def _reject(state: Intake, event: Offered, reason: str, detail: str, *, alarm: b
     device, upload = event.device, event.offer.upload
     effects: Effects = (Refuse(device, upload, reason, detail),)
     if reason == "foreign_task":
-        ack = SendAck(
-            device, upload, "rejected", reason=reason, detail=detail[:64], retry_after_ms=10 * MINUTE
-        )
+        ack = SendAck(device, upload, "rejected", reason=reason, detail=detail[:64], retry_after_ms=10 * MINUTE)
     else:
         ack = SendAck(device, upload, "rejected", reason=reason, detail=detail[:64])
     if alarm:
@@ -647,9 +633,7 @@ def _verify_failed(state: Intake, event: VerifyFailed) -> Result:
         return _ignore(state, "stray_verdict")
     if event.again and progress.info.failures == 0:
         info = replace(progress.info, failures=1)
-        fresh = Progress(
-            info, Stage.OPEN, frozenset(range(info.chunks)), heard=event.now, reap_ms=progress.reap_ms
-        )
+        fresh = Progress(info, Stage.OPEN, frozenset(range(info.chunks)), heard=event.now, reap_ms=progress.reap_ms)
         state, effects = _ask(state, fresh)
         return state, (DropParts(info), *effects)
     return replace(state, uploads=_without(state.uploads, key)), (
@@ -748,9 +732,7 @@ def _status(state: Intake, event: StatusSeen) -> Result:
         else:
             other = known.online and known.outbox_id != status.outbox_id
             if other or status.boot in former:
-                detail = (
-                    f"outbox {status.outbox_id} and outbox {known.outbox_id} speak by turns under this id"
-                )
+                detail = f"outbox {status.outbox_id} and outbox {known.outbox_id} speak by turns under this id"
                 effects += (Alarm("duplicate_identity", device, detail),)
             newest = [*former.items(), (known.boot, known.connection)][-FORMER_BOOTS:]
             former = MappingProxyType(dict(newest))

@@ -116,9 +116,7 @@ class RoundRecord:
     model: str | None = None
     score_before: float | None = None
     score_after: float | None = None
-    evidence: Mapping[str, Sequence[float]] = field(
-        default_factory=dict
-    )  # device -> (sum, count) of the candidate
+    evidence: Mapping[str, Sequence[float]] = field(default_factory=dict)  # device -> (sum, count) of the candidate
     validation_before: float | None = None
     validation_after: float | None = None
     merge: Mapping[str, Any] = field(default_factory=dict)
@@ -278,8 +276,7 @@ class Journal:
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
         if version not in (0, SCHEMA):
             raise JournalError(
-                f"{self.path}: schema version {version}, this program writes {SCHEMA}; use the matching "
-                f"version"
+                f"{self.path}: schema version {version}, this program writes {SCHEMA}; use the matching version"
             )
         if version == 0:
             fields = {**asdict(identity), "nonce": secrets.token_hex(8)}
@@ -374,9 +371,7 @@ class Journal:
 
     def chunks(self, device: str, upload: str) -> Iterator[bytes]:
         """The body of an upload, row by row."""
-        rows = self._db.execute(
-            "SELECT bytes FROM part WHERE device=? AND upload=? ORDER BY idx", (device, upload)
-        )
+        rows = self._db.execute("SELECT bytes FROM part WHERE device=? AND upload=? ORDER BY idx", (device, upload))
         for row in rows:
             yield bytes(row[0])
 
@@ -404,9 +399,7 @@ class Journal:
 
     def floor(self, device: str, outbox_id: str) -> int:
         """Numbers up to this one are closed for good: their rows were compacted (0: none)."""
-        row = self._db.execute(
-            "SELECT seq FROM floor WHERE device=? AND outbox_id=?", (device, outbox_id)
-        ).fetchone()
+        row = self._db.execute("SELECT seq FROM floor WHERE device=? AND outbox_id=?", (device, outbox_id)).fetchone()
         return 0 if row is None else int(row[0])
 
     def answered(self, device: str, task: str) -> bool:
@@ -462,9 +455,7 @@ class Journal:
                 (number, row.device, row.outbox_id, row.seq),
             )
             if done.rowcount != 1:
-                raise JournalError(
-                    f"{self.path}: {row.upload} of {row.device} was merged or set aside before"
-                )
+                raise JournalError(f"{self.path}: {row.upload} of {row.device} was merged or set aside before")
             if not keep_bodies:
                 self.drop_parts(row.device, row.upload)
 
@@ -472,8 +463,7 @@ class Journal:
         """Mark these rows as left out for a reason, and delete their bodies."""
         for row in rows:
             self._db.execute(
-                "UPDATE ledger SET set_aside=? WHERE device=? AND outbox_id=? AND seq=? AND merged_in IS "
-                "NULL",
+                "UPDATE ledger SET set_aside=? WHERE device=? AND outbox_id=? AND seq=? AND merged_in IS NULL",
                 (reason, row.device, row.outbox_id, row.seq),
             )
             self._db.execute("DELETE FROM evidence WHERE device=? AND task=?", (row.device, row.task))
@@ -502,15 +492,11 @@ class Journal:
 
     def add_evidence(self, model: str, device: str, task: str, total: float, count: float) -> None:
         """Store a device's counts for a model; newer ones replace older ones."""
-        self._db.execute(
-            "INSERT OR REPLACE INTO evidence VALUES (?, ?, ?, ?, ?)", (model, device, task, total, count)
-        )
+        self._db.execute("INSERT OR REPLACE INTO evidence VALUES (?, ?, ?, ?, ?)", (model, device, task, total, count))
 
     def evidence(self, model: str) -> dict[str, tuple[float, float]]:
         """device -> (sum, count) for a model."""
-        rows = self._db.execute(
-            "SELECT device, sum, count FROM evidence WHERE model=? ORDER BY device", (model,)
-        )
+        rows = self._db.execute("SELECT device, sum, count FROM evidence WHERE model=? ORDER BY device", (model,))
         return {row[0]: (float(row[1]), float(row[2])) for row in rows}
 
     def prune_evidence(self, keep: Sequence[str]) -> None:
@@ -564,16 +550,14 @@ class Journal:
     def presences(self) -> list[Presence]:
         """Every device that ever spoke."""
         rows = self._db.execute(
-            "SELECT device, outbox_id, boot, connection, online, seen, paused, entries FROM device ORDER "
-            "BY device"
+            "SELECT device, outbox_id, boot, connection, online, seen, paused, entries FROM device ORDER BY device"
         )
         return [Presence(*(*row[:4], bool(row[4]), *row[5:])) for row in rows]
 
     def next_counter(self, device: str) -> int:
         """The next number of a command to a device; rises for ever."""
         row = self._db.execute(
-            "INSERT INTO counter VALUES (?, 1) ON CONFLICT (device) DO UPDATE SET value=value+1 "
-            "RETURNING value",
+            "INSERT INTO counter VALUES (?, 1) ON CONFLICT (device) DO UPDATE SET value=value+1 RETURNING value",
             (device,),
         ).fetchone()
         return int(row[0])
@@ -597,20 +581,16 @@ class Journal:
     def refuse(self, device: str, upload: str, number: int, reason: str, detail: str, now: int) -> None:
         """Record why an upload was refused; a repeated refusal of one upload is not counted again."""
         new = self._db.execute(
-            "INSERT OR IGNORE INTO refusal (at, device, upload, round, reason, detail) VALUES (?, ?, ?, "
-            "?, ?, ?)",
+            "INSERT OR IGNORE INTO refusal (at, device, upload, round, reason, detail) VALUES (?, ?, ?, ?, ?, ?)",
             (now, device, upload, number, reason, detail[:500]),
         )
         if new.rowcount != 1:
             return
         self._db.execute(
-            "INSERT INTO refused VALUES (?, ?, ?, 1) "
-            "ON CONFLICT (round, device, reason) DO UPDATE SET count=count+1",
+            "INSERT INTO refused VALUES (?, ?, ?, 1) ON CONFLICT (round, device, reason) DO UPDATE SET count=count+1",
             (number, device, reason),
         )
-        self._db.execute(
-            "DELETE FROM refusal WHERE id<=?", (new.lastrowid - REFUSALS_KEPT if new.lastrowid else 0,)
-        )
+        self._db.execute("DELETE FROM refusal WHERE id<=?", (new.lastrowid - REFUSALS_KEPT if new.lastrowid else 0,))
 
     def refusals(self) -> list[tuple[str, str, int, str, str]]:
         """(device, upload, round, reason, detail) of the newest refusals, oldest first."""
@@ -660,9 +640,7 @@ def read_journal(folder: Path, rounds: int) -> Status | None:
         return None
     running = is_running(folder)
     try:
-        with closing(
-            sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
-        ) as db:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)) as db:
             db.execute("PRAGMA busy_timeout=10000")
             if db.execute("PRAGMA user_version").fetchone()[0] == 0:
                 return None  # the service is just making it
@@ -712,13 +690,9 @@ def _status(db: sqlite3.Connection, rounds: int, *, running: bool) -> Status:
         )
     )
     refused = list(db.execute("SELECT device, reason, count FROM refused"))
-    traffic = {
-        row[0]: row[1:] for row in db.execute("SELECT device, sum(up), sum(down) FROM traffic GROUP BY 1")
-    }
+    traffic = {row[0]: row[1:] for row in db.execute("SELECT device, sum(up), sum(down) FROM traffic GROUP BY 1")}
     devices = []
-    for row in db.execute(
-        "SELECT device, outbox_id, online, seen, paused, entries FROM device ORDER BY device"
-    ):
+    for row in db.execute("SELECT device, outbox_id, online, seen, paused, entries FROM device ORDER BY device"):
         mine = [(fate, count) for device, fate, count in fates if device == row[0]]
         up, down = traffic.get(row[0], (0, 0))
         devices.append(
@@ -742,9 +716,7 @@ def _status(db: sqlite3.Connection, rounds: int, *, running: bool) -> Status:
     pending = sum(count for _, fate, count in fates if fate is None)
     answers = [answer for _, answer, _ in state["tasks"].values()] if state else []
     done = state is not None and state["phase"] == "done" and state["round"] >= rounds
-    folded = db.execute(
-        "SELECT coalesce(sum(json_extract(record, '$.merge.updates')), 0) FROM round"
-    ).fetchone()[0]
+    folded = db.execute("SELECT coalesce(sum(json_extract(record, '$.merge.updates')), 0) FROM round").fetchone()[0]
     trained = db.execute(
         "SELECT (SELECT count(*) FROM ledger WHERE merged_in IS NOT NULL AND phase='train')"
     ).fetchone()[0]
@@ -763,9 +735,7 @@ def _status(db: sqlite3.Connection, rounds: int, *, running: bool) -> Status:
         declined=answers.count("declined"),
         model=state["model"] if state else None,
         devices=devices,
-        alarms=[
-            Alarm(*row) for row in db.execute("SELECT kind, device, detail, count, first, last FROM alarm")
-        ],
+        alarms=[Alarm(*row) for row in db.execute("SELECT kind, device, detail, count, first, last FROM alarm")],
         accepted=merged + pending + sum(aside.values()),
         merged=merged,
         pending=pending,
@@ -774,9 +744,7 @@ def _status(db: sqlite3.Connection, rounds: int, *, running: bool) -> Status:
         # Every merge report says how many updates it folded; more of them than marked rows would mean a
         # second merge.
         duplicated=0 if compacted else max(0, folded - trained),
-        history=[
-            _record(db, json.loads(row[0])) for row in db.execute("SELECT record FROM round ORDER BY round")
-        ],
+        history=[_record(db, json.loads(row[0])) for row in db.execute("SELECT record FROM round ORDER BY round")],
     )
 
 

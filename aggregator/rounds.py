@@ -357,9 +357,7 @@ def _resume(state: Rounds, event: Restarted) -> Result:
         return state, (Merge(state.round, state.model),)
     if state.phase is Phase.JUDGE:
         return state, (_judge_effect(state),)
-    if (
-        not state.settings.evaluates and state.phase is Phase.EVALUATE
-    ):  # evaluation was switched off meanwhile
+    if not state.settings.evaluates and state.phase is Phase.EVALUATE:  # evaluation was switched off meanwhile
         return _close(state, event.now)
     # The job file may have lowered the quorum meanwhile.
     closed, effects = _close_if_enough(state, event.now)
@@ -409,9 +407,7 @@ def _start(state: Rounds) -> str:
 
 
 def _open_effect(state: Rounds) -> OpenPhase:
-    return OpenPhase(
-        state.round, state.phase, _start(state), state.opened, state.deadline, state.phase_deadline
-    )
+    return OpenPhase(state.round, state.phase, _start(state), state.opened, state.deadline, state.phase_deadline)
 
 
 def _has_room(state: Rounds, now: int) -> bool:
@@ -491,9 +487,7 @@ def _merged(state: Rounds, event: Event) -> Result:
     assert isinstance(event, Merged)
     state = replace(state, candidate=event.candidate)
     if not state.settings.evaluates:
-        return _finish(
-            replace(state, model=event.candidate), event.now, Outcome.ACCEPTED, "the job has no gate", ()
-        )
+        return _finish(replace(state, model=event.candidate), event.now, Outcome.ACCEPTED, "the job has no gate", ())
     # The rest of the round belongs to the evaluation, but a slow merge does not leave it without any time.
     share = round(state.settings.deadline_ms * state.settings.evaluate_share)
     return _open(state, Phase.EVALUATE, event.now, max(state.deadline, event.now + share))
@@ -563,9 +557,7 @@ def to_json(state: Rounds) -> dict[str, Any]:
 
 def from_json(settings: Settings, saved: Mapping[str, Any]) -> Rounds:
     """The inverse of `to_json`, under the settings of the job file as it is now."""
-    tasks = {
-        d: TaskState(task, Answer(answer), reason) for d, (task, answer, reason) in saved["tasks"].items()
-    }
+    tasks = {d: TaskState(task, Answer(answer), reason) for d, (task, answer, reason) in saved["tasks"].items()}
     return Rounds(
         settings=settings,
         round=saved["round"],

@@ -86,7 +86,7 @@ def kinds(effects: Sequence[intake.Effect]) -> list[str]:
 
 
 def test_a_good_offer_is_stored_before_chunks_are_asked_for() -> None:
-    state, effects = offered(opened("d1"), offer())
+    _, effects = offered(opened("d1"), offer())
     assert kinds(effects) == ["StoreOffer", "SendAck"]
     assert acks(effects) == [("need", (0, 1, 2))]
 

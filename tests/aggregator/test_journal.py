@@ -119,9 +119,7 @@ def test_the_status_counts_each_update_under_one_fate(journal: Journal, tmp_path
         for _ in range(2):
             journal.refuse("dev-1", "name", 1, "too_large", "1 GiB", 9)
         journal.raise_alarm("seq_conflict", "dev-1", "twice", 9)
-        journal.save_round(
-            RoundRecord(round=1, program="p", opened=1000, closed=3000, start="s", phase="train")
-        )
+        journal.save_round(RoundRecord(round=1, program="p", opened=1000, closed=3000, start="s", phase="train"))
         journal.add_traffic(1, "dev-1", 10, 20)
     for status in (journal.status(3), read_journal(tmp_path, 3)):
         assert status is not None
@@ -146,9 +144,7 @@ def test_a_second_process_on_the_same_journal_is_refused_by_name(journal: Journa
         "from aggregator.journal import Journal\n"
         "Journal(Path(sys.argv[1]), IDENTITY)"
     )
-    other = subprocess.run(
-        [sys.executable, "-c", program, tmp_path], capture_output=True, text=True, timeout=60
-    )
+    other = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, timeout=60)
     assert other.returncode == 1
     assert "JournalBusyError" in other.stderr
     assert "another process (pid" in other.stderr
@@ -160,9 +156,7 @@ def test_a_second_process_on_the_same_journal_is_refused_by_name(journal: Journa
 
 def test_a_journal_of_another_job_is_refused(journal: Journal, tmp_path: Path) -> None:
     journal.close()
-    with pytest.raises(
-        JournalError, match=r"belongs to program 'tiny/head/float', the job file says 'other'"
-    ):
+    with pytest.raises(JournalError, match=r"belongs to program 'tiny/head/float', the job file says 'other'"):
         Journal(tmp_path, replace(IDENTITY, program="other"))
 
 

@@ -73,9 +73,7 @@ def test_a_worse_candidate_is_rolled_back_with_its_reason() -> None:
     state, _ = drive(state, *answers(state, DEVICES, 30))
     state, _ = drive(state, rounds.Merged(40, CANDIDATE))
     state, effects = drive(state, *answers(state, DEVICES, 50), rounds.Judged(60, False, "0.5 after 0.8"))
-    assert of(effects, rounds.FinishRound) == [
-        rounds.FinishRound(1, Outcome.ROLLED_BACK, "0.5 after 0.8", MODEL)
-    ]
+    assert of(effects, rounds.FinishRound) == [rounds.FinishRound(1, Outcome.ROLLED_BACK, "0.5 after 0.8", MODEL)]
     assert (state.round, state.model) == (2, MODEL)
 
 
@@ -105,9 +103,7 @@ def test_a_quorum_closes_the_phase_early_and_later_updates_are_left_out() -> Non
 def test_the_phases_take_their_deadlines_from_the_deadline_of_the_round() -> None:
     state, _ = drive(started(GATED), *answers(started(GATED), DEVICES), rounds.Judged(100, True, ""))
     assert (state.deadline, state.phase_deadline) == (1100, 800)
-    state, _ = drive(
-        state, *answers(state, ["d1"], 200), rounds.DeadlinePassed(800), rounds.Merged(801, CANDIDATE)
-    )
+    state, _ = drive(state, *answers(state, ["d1"], 200), rounds.DeadlinePassed(800), rounds.Merged(801, CANDIDATE))
     assert (state.phase, state.phase_deadline) == (Phase.EVALUATE, 1101)
 
 
@@ -162,9 +158,7 @@ def test_a_lost_device_does_not_stop_the_round() -> None:
 
 
 @pytest.mark.parametrize(("now", "gets_one"), [(500, True), (501, False)])
-def test_a_device_that_comes_late_gets_a_task_while_half_of_the_time_is_left(
-    now: int, gets_one: bool
-) -> None:
+def test_a_device_that_comes_late_gets_a_task_while_half_of_the_time_is_left(now: int, gets_one: bool) -> None:
     state, effects = drive(started(UNGATED), rounds.DeviceSeen(now, "d4"))
     assert bool(of(effects, rounds.IssueTasks)) is gets_one
     assert ("d4" in state.tasks) is gets_one

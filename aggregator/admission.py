@@ -1,0 +1,62 @@
+"""Whether the body of an update may be merged: shapes, finite numbers, and a norm that is not absurd.
+
+The bound depends on closed rounds only, never on what arrived in this one, so the order of arrival decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from edge_sdk.bundle import Program, TensorEntry
+from edge_sdk.errors import EdgewiseError, UpdateError
+from edge_sdk.tensors import Array, Tensors
+from edge_sdk.update import decode_update
+
+_TIMES_MEDIAN = 10.0
+_FIRST_ROUND = 1000.0
+
+
+class Refused(EdgewiseError):
+    """An update that is not merged: a short `reason` for the journal, and the detail."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+def admit(
+    body: bytes,
+    program: Program,
+    table: Mapping[str, TensorEntry],
+    start: Tensors,
+    *,
+    start_digest: str | None = None,
+    norm_bound: float | None,
+) -> dict[str, Array]:
+    """Decode a body into absolute tensors, or raise `Refused`. `norm_bound` limits the Frobenius norm of the change."""
+    try:
+        tensors = decode_update(body, program, table, start, start_digest)
+    except UpdateError as error:
+        raise Refused(error.reason, error.detail) from error
+    if norm_bound is not None:
+        norm = change_norm(tensors, start)
+        if not norm <= norm_bound:
+            raise Refused("norm", f"the change has norm {norm:.3g}, at most {norm_bound:.3g} is accepted")
+    return tensors
+
+
+def change_norm(tensors: Tensors, start: Tensors) -> float:
+    """The Frobenius norm of the change over all tensors that have a start, in float64."""
+    squares = (np.sum((tensors[n].astype(np.float64) - start[n]) ** 2) for n in sorted(start) if n in tensors)
+    return float(np.sqrt(sum(squares)))
+
+
+def norm_bound(previous: Sequence[float], start: Tensors) -> float:
+    """Ten times the median of the norms merged in the last closed round; before there is one, a thousand times the start's."""
+    if previous:
+        return _TIMES_MEDIAN * float(np.median(previous))
+    norm = float(np.sqrt(sum(float(np.sum(value.astype(np.float64) ** 2)) for value in start.values())))
+    return _FIRST_ROUND * max(1.0, norm)
