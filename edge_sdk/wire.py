@@ -621,7 +621,7 @@ def _is_signed(message: Message) -> bool:
 
 
 def _signed_text(address: Address, device: str, kind: str, text: bytes) -> bytes:
-    return b"edgewise/v1\0" + "\0".join((address.site, address.job, device, kind, "")).encode() + text
+    return b"edgewise/v1\0" + f"{address.site}\0{address.job}\0{device}\0{kind}\0".encode() + text
 
 
 def _verify(key: VerifyKey, signature: bytes, text: bytes) -> bool:
