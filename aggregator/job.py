@@ -39,7 +39,10 @@ class Key:
 
 
 _SEGMENT = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
-_NAME = {"expected": "1 to 32 lower-case letters, digits and hyphens", "holds": lambda v: bool(_SEGMENT.fullmatch(v))}
+_NAME: Mapping[str, Any] = {
+    "expected": "1 to 32 lower-case letters, digits and hyphens",
+    "holds": lambda v: bool(_SEGMENT.fullmatch(v)),
+}
 _POSITIVE: Mapping[str, Any] = {"expected": "above 0", "holds": lambda v: v > 0}
 _NOT_NEGATIVE: Mapping[str, Any] = {"expected": "0 or more", "holds": lambda v: v >= 0}
 _SHARE: Mapping[str, Any] = {"expected": "from 0 to 1", "holds": lambda v: 0 <= v <= 1}
@@ -280,7 +283,7 @@ def render_reference() -> str:
     ]
     lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
     for key in KEYS:
-        default = "required" if key.required else "–" if key.default is None else f"`{_shown(key.default)}`"
+        default = "required" if key.required else "none" if key.default is None else f"`{_shown(key.default)}`"
         expected = f" ({key.expected})" if key.expected else ""
         kind = {"Path": "path", "str": "text", "dict": "table"}.get(key.kind.__name__, key.kind.__name__)
         lines.append(f"| `{key.path}` | {kind} | {default} | {key.meaning}{expected} |")
