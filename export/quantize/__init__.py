@@ -1,1 +1,1 @@
-"""The frozen part of a model in integers."""
+"""Quantization of what does not train."""

@@ -1,0 +1,399 @@
+"""From a model, a loss and an example batch to a bundle: the exporter's Python interface.
+
+The steps, one pass each: read the model, choose what trains (`scopes`), quantize the rest, differentiate, append the
+optimizer, prove the gradients, write, and run what was written once with the runtime that devices have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from edge_sdk.bundle import Bundle, HeldOut
+from edge_sdk.fields import INPUT, TARGET, FieldSpec
+from edge_sdk.keys import SigningKey
+from edge_sdk.runtime import Predictor, Stepper
+from edge_sdk.tensors import Array, digest, pack
+from edge_sdk.update import max_update_bytes
+from export.cost import flops_per_sample
+from export.errors import ContractError, SpecError, UnsupportedModel
+from export.graph import array_of, clone, dims, static_tail, trainable_constants
+from export.losses import Loss, check_output, loss_named
+from export.optimizers import optimizer_named
+from export.proof import CentralDifferences, Oracle, Proof, prove
+from export.quantize.weights import quantize_weights
+from export.scopes import Scope, Trainable, scope_named
+from export.serialize import WeightFile, write_graphs
+from export.step_graph import Graphs, build_graphs, loss_graph, operators
+from export.writer import write_archive
+
+if TYPE_CHECKING:
+    from torch import nn
+
+log = logging.getLogger(__name__)
+
+PRECISIONS = ("float", "int8")
+LAST_FIFTH = HeldOut(0.2, 1)
+_ID_LIMIT = 64  # of a program id in a task
+
+
+@dataclass(frozen=True)
+class ProgramSpec:
+    """One program to build: scope and its options, precision of the frozen part, optimizer, default batch size."""
+
+    scope: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    precision: str = "int8"
+    optimizer: str = "adamw"
+    batch: int = 32
+
+
+@dataclass(frozen=True)
+class ProgramReport:
+    """What was built: id, trained tensors and their parameters, nodes of the step graph, bytes, proof, seconds."""
+
+    id: str
+    parameters: int
+    trained: tuple[str, ...]
+    nodes: int
+    step_bytes: int
+    proof: Proof
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """The bundle that was written."""
+
+    path: Path
+    digest: str
+    bytes: int
+    programs: tuple[ProgramReport, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary, for `--json`."""
+        return {**asdict(self), "path": str(self.path)}
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A model that was read: its forward graph, the tensors that may train, and where the oracle comes from."""
+
+    forward: ir.Model
+    parameters: tuple[str, ...]
+    module: Any  # torch.nn.Module or None
+
+
+@dataclass
+class _Built:
+    spec: ProgramSpec
+    scope: Scope
+    id: str
+    evaluate_id: str
+    trainables: tuple[Trainable, ...]
+    graphs: Graphs
+    frozen: Mapping[str, Array]
+    proof: Proof
+    seconds: float
+
+
+def build_bundle(
+    model: nn.Module | Path | str,
+    example: tuple[Array, Array],
+    path: Path | str,
+    *,
+    name: str,
+    loss: str,
+    programs: Sequence[ProgramSpec],
+    classes: Sequence[str] | None = None,
+    held_out: HeldOut = LAST_FIFTH,
+    seed: int = 0,
+    release_key: SigningKey | None = None,
+    on_progress: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """Write a bundle to `path`.
+
+    `model`: a torch module, or the path of an ONNX file. `example`: x float32 `[n, *shape]`, y int64 `[n]` (cross_entropy)
+    or float32 in the shape of the output (mse), n of 2 or more. `held_out`: the share of every recording that never
+    trains. `classes` names the labels. Raises `ExportError`; nothing is written then.
+    """
+    path = Path(path)
+    loss_rule = loss_named(loss)
+    x, y = _checked_example(example, loss_rule)
+    if not programs:
+        raise SpecError("there is no program to build: name at least one scope")
+    on_progress("reading the model")
+    source = _read(model, x)
+    output = source.forward.graph.outputs[0]
+    if static_tail(source.forward.graph.inputs[0]) != x.shape[1:]:
+        raise SpecError(
+            f"the example has samples of {list(x.shape[1:])}, the model takes {dims(source.forward.graph.inputs[0])[1:]}"
+        )
+    check_output(loss_rule, output, y)
+    built = []
+    for spec in programs:
+        built.append(_build_program(source, spec, name, loss, (x, y), seed))
+        on_progress(
+            f"{built[-1].id}: proved to {built[-1].proof.max_relative_error:.1e} against {built[-1].proof.oracle}"
+        )
+    ids = [entry.id for entry in built]
+    if len(set(ids)) != len(ids):
+        raise SpecError(f"two programs would have the id {max(ids, key=ids.count)!r}: let their options differ")
+    manifest, files = _assemble(name, loss_rule, built, x, y, _class_names(classes, output, loss_rule), held_out)
+    on_progress("writing and running it once")
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Path(folder) / "trial.bundle"
+        bundle_digest = write_archive(manifest, files, trial, release_key)
+        _run_once(trial, built, x, y)
+    write_archive(manifest, files, path, release_key)
+    reports = tuple(
+        ProgramReport(
+            id=entry.id,
+            parameters=sum(t.value.size for t in entry.trainables),
+            trained=tuple(t.name for t in entry.trainables),
+            nodes=entry.graphs.step.graph.num_nodes(),
+            step_bytes=len(files[_file(entry.id, "step")]),
+            proof=entry.proof,
+            seconds=round(entry.seconds, 3),
+        )
+        for entry in built
+    )
+    return Report(path, bundle_digest, path.stat().st_size, reports)
+
+
+def _checked_example(example: tuple[Array, Array], loss: Loss) -> tuple[Array, Array]:
+    x, y = (np.asarray(part) for part in example)
+    if x.dtype != np.float32 or x.ndim < 2 or len(x) < 2 or not np.isfinite(x).all():
+        raise SpecError(
+            f"the example's x is {x.dtype} {list(x.shape)}, expected finite float32 [n, ...] with n of 2 or more"
+        )
+    if len(y) != len(x):
+        raise SpecError(f"the example has {len(x)} samples and {len(y)} targets")
+    if loss.classifies and (y.dtype != np.int64 or y.ndim != 1):
+        raise SpecError(f"the example's y is {y.dtype} {list(y.shape)}, cross_entropy needs int64 [n]")
+    if not loss.classifies and y.dtype != np.float32:
+        raise SpecError(f"the example's y is {y.dtype}, mse needs float32")
+    return x, y
+
+
+def _read(model: nn.Module | Path | str, x: Array) -> _Source:
+    if isinstance(model, str | Path):
+        from export import onnx_import
+
+        forward = onnx_import.forward_graph(Path(model))
+        return _Source(forward, tuple(trainable_constants(forward.graph)), None)
+    from export import torch_import
+
+    forward = torch_import.forward_graph(model, x[:2])
+    named = [name for name, _ in model.named_parameters()]
+    return _Source(forward, tuple(name for name in named if name in forward.graph.initializers), model)
+
+
+def _build_program(
+    source: _Source, spec: ProgramSpec, name: str, loss: str, example: tuple[Array, Array], seed: int
+) -> _Built:
+    began = time.perf_counter()
+    if spec.precision not in PRECISIONS:
+        raise SpecError(f"precision {spec.precision!r} is unknown; there are {', '.join(PRECISIONS)}")
+    if type(spec.batch) is not int or spec.batch < 1:
+        raise SpecError(f"batch = {spec.batch!r} must be a whole number of 1 or more")
+    scope = scope_named(spec.scope, spec.options)
+    optimizer = optimizer_named(spec.optimizer)
+    ids = [
+        "/".join(part for part in (name, *kind, spec.scope, scope.label, spec.precision) if part)
+        for kind in ((), ("evaluate",))
+    ]
+    if len(ids[1]) > _ID_LIMIT:
+        raise SpecError(
+            f"the program id {ids[1]!r} has {len(ids[1])} characters, at most {_ID_LIMIT} fit in a task: shorten the name"
+        )
+    forward = clone(source.forward)
+    applied = scope.apply(forward, source.parameters, seed)
+    dequantized = quantize_weights(forward) if spec.precision == "int8" else {}
+    loss_rule = loss_named(loss)
+    graphs = build_graphs(forward, applied.trainables, loss_rule, optimizer, ids[0])
+    seconds = time.perf_counter() - began
+    oracle: Oracle
+    if source.module is None:
+        oracle = CentralDifferences(loss_graph(forward, loss_rule), graphs.gradients, seed)
+    else:
+        from export.torch_import import TorchOracle, tensors_of
+
+        tensors = {n: v.cpu().numpy() for n, v in tensors_of(source.module).items()}
+        oracle = TorchOracle(source.module, {**tensors, **dequantized}, loss)
+    proof = prove(ids[0], graphs.gradients, applied.trainables, applied.effective, oracle, *example, seed)
+    frozen = {n: a for n, v in forward.graph.initializers.items() if (a := array_of(v)) is not None}
+    return _Built(spec, scope, ids[0], ids[1], applied.trainables, graphs, frozen, proof, seconds)
+
+
+def _class_names(classes: Sequence[str] | None, output: ir.Value, loss: Loss) -> list[str] | None:
+    if classes is None:
+        return None
+    count = dims(output)[-1]
+    if not loss.classifies or len(classes) != count:
+        raise SpecError(
+            f"{len(classes)} class names were given; the model has {count if loss.classifies else 'no'} classes"
+        )
+    return [str(label) for label in classes]
+
+
+def _file(program_id: str, kind: str) -> str:
+    return f"{program_id.replace('/', '_').replace('+', '-')}_{kind}.onnx"
+
+
+def _assemble(
+    name: str, loss: Loss, built: Sequence[_Built], x: Array, y: Array, classes: list[str] | None, held_out: HeldOut
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The manifest (without its list of files) and the files."""
+    weights = WeightFile()
+    table: dict[str, dict[str, Any]] = {}
+    for entry in built:
+        for row in _table_rows(entry, weights):
+            if table.setdefault(row["name"], row) != row:
+                raise SpecError(
+                    f"tensor {row['name']!r} would differ between two programs of one bundle ({entry.id} and another): "
+                    "build them into bundles of their own"
+                )
+    kinds = [(entry, kind) for entry in built for kind in ("infer", "step", "evaluate")]
+    models = [getattr(entry.graphs, kind) for entry, kind in kinds]
+    graphs, content = write_graphs(models, weights)
+    files = {_file(entry.id, kind): data for (entry, kind), data in zip(kinds, graphs, strict=True)}
+    files["weights.safetensors"] = content
+    rows = list(table.values())
+    output = built[0].graphs.infer.graph.outputs[0]
+    target: dict[str, Any] = {"name": TARGET, "dtype": y.dtype.name, "shape": list(y.shape[1:])}
+    if loss.classifies:
+        target["classes"] = dims(output)[-1]
+    manifest = {
+        "format": 1,
+        "name": name,
+        "base": _base_digest(built),
+        "table": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest(),
+        "held_out": asdict(held_out),
+        "fields": [{"name": INPUT, "dtype": "float32", "shape": list(x.shape[1:])}, target],
+        "classes": classes,
+        "tensors": rows,
+        "programs": [row for entry in built for row in _program_rows(entry, loss)],
+        "report": {"operators": sorted({op for model in models for op in operators(model)})},
+    }
+    return manifest, files
+
+
+def _table_rows(entry: _Built, weights: WeightFile) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for t in entry.trainables:
+        row: dict[str, Any] = {
+            "name": t.name,
+            "kind": "p",
+            "dtype": "float32",
+            "shape": list(t.value.shape),
+            "merge": t.merge,
+            "initial": weights.add(t.name, t.value),
+        }
+        if t.layer is not None and t.layer_shape is not None:
+            row |= {"layer": t.layer, "scale": t.scale, "rank": t.rank, "layer_shape": list(t.layer_shape)}
+        rows.append(row)
+    rows += [
+        {"name": held.name, "kind": "a", "dtype": "float32", "shape": list(held.shape), "merge": "sum"}
+        for held in entry.graphs.accumulators
+    ]
+    return rows
+
+
+def _base_digest(built: Sequence[_Built]) -> str:
+    """One digest over every frozen tensor of every program."""
+    lines = sorted(
+        f"{entry.id}\0{name}\0{value.dtype}\0{list(value.shape)}\0{hashlib.sha256(value.tobytes()).hexdigest()}"
+        for entry in built
+        for name, value in entry.frozen.items()
+    )
+    return digest("\n".join(lines).encode())
+
+
+def _program_rows(entry: _Built, loss: Loss) -> list[dict[str, Any]]:
+    names = [t.name for t in entry.trainables]
+    size = sum(t.value.nbytes for t in entry.trainables)
+    optimizer = optimizer_named(entry.spec.optimizer)
+    state = size * (1 + optimizer.slots)
+    counted = [4 * int(np.prod(held.shape)) for held in entry.graphs.accumulators]
+    blob = len(pack({t.name: t.value for t in entry.trainables}))
+    common = {
+        "precision": entry.spec.precision,
+        "stage": 0,
+        "width": 1.0,
+        "rank": entry.scope.rank,
+        "batch": {"default": entry.spec.batch, "minimum": 1},
+        "partial_batch": "mask",
+        "features": {"cacheable": False, "reason": "no frozen prefix"},
+    }
+    return [
+        {
+            **common,
+            "id": entry.id,
+            "scope": entry.spec.scope,
+            "factors": entry.scope.factors,
+            "tensors": names,
+            "infer": _file(entry.id, "infer"),
+            "step": [{"file": _file(entry.id, "step"), "weight": 1.0}],
+            "hyper": {name: asdict(limits) for name, limits in optimizer.hyper.items()},
+            "samples": "train",
+            "evaluate": entry.evaluate_id,
+            "state_bytes": state,
+            "cost": {
+                "bytes_up": blob,
+                "bytes_down": blob,
+                "step_flops": flops_per_sample(entry.graphs.step) * entry.spec.batch,
+                "infer_flops": flops_per_sample(entry.graphs.infer),
+                "state_bytes": 2 * state,
+            },
+            "proof": asdict(entry.proof),
+        },
+        {
+            **common,
+            "id": entry.evaluate_id,
+            "scope": "evaluate",
+            "factors": "",
+            "tensors": [*names, *(held.name for held in entry.graphs.accumulators)],
+            "infer": None,
+            "step": [{"file": _file(entry.id, "evaluate"), "weight": 1.0}],
+            "hyper": {},
+            "samples": "held_out",
+            "score": asdict(loss.score),
+            "state_bytes": sum(counted),
+            "cost": {"bytes_up": sum(counted), "bytes_down": 0, "state_bytes": 2 * sum(counted)},
+        },
+    ]
+
+
+def _run_once(path: Path, built: Sequence[_Built], x: Array, y: Array) -> None:
+    """Open what was written and run every graph with the device's runtime. Raises what a device would raise."""
+    with Bundle.open(path) as bundle:
+        fields: Mapping[str, FieldSpec] = {held.name: held for held in bundle.fields}
+        for entry in built:
+            program, evaluate = bundle.program(entry.id), bundle.program(entry.evaluate_id)
+            start = bundle.initial(program)
+            rows = slice(0, min(3, len(x)))
+            batch = {INPUT: x[rows], TARGET: y[rows]}
+            fields[TARGET].check(y[rows])
+            Predictor(bundle, program, start).predict(x[rows])
+            for chosen in (program, evaluate):
+                stepper = Stepper(bundle, chosen, start)
+                stepper.step(batch, dict.fromkeys(chosen.hyper, 0.0))
+                kept = stepper.tensors()
+                if chosen is program and any((kept[n] != start[n]).any() for n in start):
+                    raise ContractError(f"{entry.id}: I6: a step with learning rate 0 changes its tensors")
+                if chosen is program and stepper.state_bytes != program.state_bytes:
+                    raise ContractError(f"{entry.id}: I12: the state takes {stepper.state_bytes} bytes")
+                stepper.close()
+            if max_update_bytes(program, bundle.tensors) <= 0:
+                raise UnsupportedModel(f"{entry.id}: trains nothing")

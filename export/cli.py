@@ -1,0 +1,47 @@
+"""`edgewise export build SPEC -o model.bundle`.
+
+Exit codes: 0 written; 3 the specification or the model is wrong; 5 the proof of a step graph failed (nothing is written).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from edge_sdk.keys import SigningKey
+
+
+def register(parser: argparse.ArgumentParser) -> None:
+    """Add `build`."""
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    build = commands.add_parser("build", help="make a bundle from a model, a loss and an example batch")
+    build.add_argument(
+        "spec", type=Path, metavar="SPEC", help="the export specification (TOML; export/spec.py explains its keys)"
+    )
+    build.add_argument("-o", "--output", type=Path, required=True, help="the bundle to write")
+    build.add_argument("--key", type=Path, help="the private release key that signs it")
+    build.add_argument("--json", action="store_true", help="print the report as JSON")
+    build.set_defaults(run=_build)
+
+
+def _build(args: argparse.Namespace) -> int:
+    from export.spec import build_spec, load_spec
+
+    key = SigningKey.load(args.key) if args.key else None
+    spec = load_spec(args.spec)
+    report = build_spec(
+        spec, args.output, release_key=key, on_progress=lambda text: print(text, file=sys.stderr, flush=True)
+    )
+    if args.json:
+        print(json.dumps(report.to_json()))
+        return 0
+    print(f"{report.path}: {report.bytes} bytes, digest {report.digest[:12]}, {'signed' if key else 'not signed'}")
+    for program in report.programs:
+        print(
+            f"  {program.id}: {program.parameters} parameters train in {len(program.trained)} tensors; step graph of "
+            f"{program.nodes} nodes, {program.step_bytes} bytes; gradients within {program.proof.max_relative_error:.1e} "
+            f"of {program.proof.oracle} at batches {', '.join(map(str, program.proof.batches))}; built in {program.seconds:.2f} s"
+        )
+    return 0

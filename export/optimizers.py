@@ -1,0 +1,101 @@
+"""Optimizers as ONNX subgraphs, appended per trainable tensor (step-graphs.md, section 3.6). Slots start at zero with each task.
+
+    sgd      v' = mu v + (g + lambda p)      p' = p - eta v'           (mu 0.9, torch's convention without dampening)
+    adamw    m' = b1 m + (1 - b1) g          v' = b2 v + (1 - b2) g^2
+             p' = p (1 - eta lambda) - eta (m' / (1 - b1^t)) / (sqrt(v' / (1 - b2^t)) + eps)     (0.9, 0.999, 1e-8; t = h.step)
+
+AdamW: Loshchilov and Hutter, arXiv 1711.05101.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import onnx_ir as ir
+
+from edge_sdk.bundle import HyperRange
+from export.errors import SpecError
+from export.graph import Builder, dims
+
+_MOMENTUM = 0.9
+_BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How many slots per tensor, which hyper-parameters, and the rule.
+
+    `update(builder, p, g, slots, hyper)` returns the new tensor and the new slots, the values of `hyper` being graph
+    inputs by name without `h.`.
+    """
+
+    slots: int
+    hyper: Mapping[str, HyperRange]
+    counts_steps: bool
+    update: Callable[
+        [Builder, ir.Value, ir.Value, Sequence[ir.Value], Mapping[str, ir.Value]],
+        tuple[ir.Value, tuple[ir.Value, ...]],
+    ]
+
+
+def _sgd(
+    b: Builder, p: ir.Value, g: ir.Value, slots: Sequence[ir.Value], hyper: Mapping[str, ir.Value]
+) -> tuple[ir.Value, tuple[ir.Value, ...]]:
+    decayed = b.op("Add", g, b.op("Mul", p, hyper["weight_decay"]))
+    velocity = b.op("Add", b.op("Mul", slots[0], _MOMENTUM), decayed)
+    return b.op("Sub", p, b.op("Mul", velocity, hyper["lr"])), (velocity,)
+
+
+def _adamw(
+    b: Builder, p: ir.Value, g: ir.Value, slots: Sequence[ir.Value], hyper: Mapping[str, ir.Value]
+) -> tuple[ir.Value, tuple[ir.Value, ...]]:
+    step = b.op("Cast", hyper["step"], to=ir.DataType.FLOAT.value)
+    first = b.op("Add", b.op("Mul", slots[0], _BETA1), b.op("Mul", g, 1 - _BETA1))
+    second = b.op("Add", b.op("Mul", slots[1], _BETA2), b.op("Mul", b.op("Mul", g, g), 1 - _BETA2))
+    unbiased = b.op("Div", first, b.op("Sub", 1.0, b.op("Pow", _BETA1, step)))
+    spread = b.op("Sqrt", b.op("Div", second, b.op("Sub", 1.0, b.op("Pow", _BETA2, step))))
+    move = b.op("Mul", hyper["lr"], b.op("Div", unbiased, b.op("Add", spread, _EPSILON)))
+    kept = b.op("Mul", p, b.op("Sub", 1.0, b.op("Mul", hyper["lr"], hyper["weight_decay"])))
+    return b.op("Sub", kept, move), (first, second)
+
+
+OPTIMIZERS: Final[Mapping[str, Optimizer]] = {
+    "sgd": Optimizer(1, {"lr": HyperRange(1e-2, 0.0, 10.0), "weight_decay": HyperRange(0.0, 0.0, 1.0)}, False, _sgd),
+    "adamw": Optimizer(2, {"lr": HyperRange(1e-3, 0.0, 1.0), "weight_decay": HyperRange(1e-2, 0.0, 1.0)}, True, _adamw),
+}
+
+
+def optimizer_named(name: str) -> Optimizer:
+    """The optimizer of that name. Raises `SpecError` listing the names."""
+    if name not in OPTIMIZERS:
+        raise SpecError(f"optimizer {name!r} is unknown; there are {', '.join(sorted(OPTIMIZERS))}")
+    return OPTIMIZERS[name]
+
+
+def append_optimizer(
+    b: Builder, optimizer: Optimizer, gradients: Mapping[ir.Value, ir.Value]
+) -> tuple[list[ir.Value], list[ir.Value]]:
+    """Append the update of every tensor `p.<t>`; return the new inputs (slots, hyper-parameters) and the `.next` outputs.
+
+    Outputs are in the order of the state inputs: all tensors, then slot 0 of all, then slot 1.
+    """
+    before = len(b.graph.inputs)
+    tensors = list(gradients)
+    slots = [[b.input(f"s{k}.{_name(p)}", "float32", dims(p)) for p in tensors] for k in range(optimizer.slots)]
+    hyper = {name: b.input(f"h.{name}", "float32", ()) for name in optimizer.hyper}
+    if optimizer.counts_steps:
+        hyper["step"] = b.input("h.step", "int64", ())
+    states: list[list[ir.Value]] = [[] for _ in range(1 + optimizer.slots)]
+    for index, p in enumerate(tensors):
+        b.scope = f"optimizer/{_name(p)}"
+        new, new_slots = optimizer.update(b, p, gradients[p], [slot[index] for slot in slots], hyper)
+        for held, value, old in zip(states, (new, *new_slots), (p, *(slot[index] for slot in slots)), strict=True):
+            value.name, value.shape, value.type = f"{old.name}.next", old.shape, old.type
+            held.append(value)
+    return list(b.graph.inputs)[before:], [value for held in states for value in held]
+
+
+def _name(p: ir.Value) -> str:
+    return str(p.name).removeprefix("p.")

@@ -1,0 +1,186 @@
+"""The proof of a step graph: its loss and every gradient against an oracle, at several batch sizes.
+
+The oracle is torch where the model came from torch, and central differences in float64 through ONNX's reference evaluator
+elsewhere. The relative error of a tensor is `max|g - g_ref| / max(max|g_ref|, 1e-6 max over all tensors)`, as in
+step-graphs.md, section 10. Trained tensors are moved away from their initial values first: at B = 0 half of the gradients
+of an adapter are zero and would prove nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from edge_sdk.tensors import Array
+from export.errors import ProofFailed
+from export.scopes import Effective, Trainable
+
+BATCHES: Final = (1, 5, 16)
+TOLERANCE: Final = 1e-4
+_LARGEST, _RANDOM = 4, 4  # coordinates per tensor whose differences are taken
+_STEP: Final = 1e-6
+
+
+class Oracle(Protocol):
+    """Whom we believe. Gradients that it does not know are NaN."""
+
+    name: str
+
+    def __call__(
+        self, trained: Mapping[str, Array], effective: Effective, x: Array, y: Array, w: Array
+    ) -> tuple[float, Mapping[str, Array]]:
+        """Loss, and the gradient of each trained tensor."""
+        ...
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was compared with whom, and the largest relative error found."""
+
+    oracle: str
+    batches: tuple[int, ...]
+    max_relative_error: float
+
+
+def prove(
+    program_id: str,
+    gradients: ir.Model,
+    trainables: Sequence[Trainable],
+    effective: Effective,
+    oracle: Oracle,
+    x: Array,
+    y: Array,
+    seed: int,
+) -> Proof:
+    """Compare the `gradients` graph with the oracle on rows of the example. Raises `ProofFailed` naming tensor and error."""
+    draw = np.random.Generator(np.random.Philox(key=seed))
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(gradients).SerializeToString(), _one_thread(), providers=["CPUExecutionProvider"]
+    )
+    outputs = [value.name for value in session.get_outputs()]
+    worst = 0.0
+    for size in BATCHES:
+        rows = draw.integers(0, len(x), size)
+        w = draw.uniform(0.5, 1.5, size).astype(np.float32)
+        trained = {t.name: _moved(t.value, draw) for t in trainables}
+        feeds = {"d.x": x[rows], "d.y": y[rows], "d.w": w, **{f"p.{name}": value for name, value in trained.items()}}
+        found = dict(zip(outputs, session.run(outputs, feeds), strict=True))
+        loss, reference = oracle(trained, effective, x[rows], y[rows], w)
+        errors = {"the loss": abs(float(found["loss"]) - loss) / max(abs(loss), 1e-6)}
+        largest = max(float(np.nanmax(np.abs(value))) for value in reference.values())
+        for name, expected in reference.items():
+            known = ~np.isnan(expected)
+            off = np.abs(found[f"grad.{name}"] - expected)[known].max()
+            scale = max(
+                float(np.abs(found[f"grad.{name}"]).max()), float(np.abs(expected[known]).max()), 1e-6 * largest
+            )
+            errors[f"the gradient of {name}"] = float(off) / scale if scale else 0.0
+        where = max(errors, key=lambda name: errors[name] if np.isfinite(errors[name]) else np.inf)
+        if not errors[where] <= TOLERANCE:
+            raise ProofFailed(
+                f"{program_id}: {where} differs from {oracle.name} by {errors[where]:.2g} relative at batch {size}, "
+                f"at most {TOLERANCE:g} is allowed: nothing was written; please report the model"
+            )
+        worst = max(worst, errors[where])
+    return Proof(oracle.name, BATCHES, worst)
+
+
+def _moved(value: Array, draw: np.random.Generator) -> Array:
+    spread = max(float(value.std()), 0.05)
+    return (value + draw.normal(0, spread / 2, value.shape)).astype(np.float32)
+
+
+def _one_thread() -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    return options
+
+
+class CentralDifferences:
+    """(loss(p + h) - loss(p - h)) / 2h in float64, for the coordinates with the largest gradients and some at random.
+
+    `loss` is the graph of `step_graph.loss_graph`; `gradients` says which coordinates are large, nothing more.
+    """
+
+    name = "central differences"
+
+    def __init__(self, loss: ir.Model, gradients: ir.Model, seed: int) -> None:
+        self._loss = ReferenceEvaluator(to_double(ir.to_proto(loss)))
+        self._gradients = onnxruntime.InferenceSession(
+            ir.to_proto(gradients).SerializeToString(), _one_thread(), providers=["CPUExecutionProvider"]
+        )
+        self._draw = np.random.Generator(np.random.Philox(key=seed))
+
+    def __call__(
+        self,
+        trained: Mapping[str, Array],
+        effective: Effective,  # noqa: ARG002 - the graph holds the same function
+        x: Array,
+        y: Array,
+        w: Array,
+    ) -> tuple[float, dict[str, Array]]:
+        """Loss and gradients; coordinates that were not looked at are NaN."""
+        feeds = {"d.x": x, "d.y": y, "d.w": w, **{f"p.{name}": value for name, value in trained.items()}}
+        names = [f"grad.{name}" for name in trained]
+        large = dict(zip(trained, self._gradients.run(names, feeds), strict=True))
+        doubles = {name: v.astype(np.float64) if v.dtype == np.float32 else v for name, v in feeds.items()}
+        return self._value(doubles), {
+            name: self._differences(doubles, f"p.{name}", self._coordinates(large[name])) for name in trained
+        }
+
+    def _coordinates(self, gradient: Array) -> Array:
+        flat = np.abs(gradient).ravel()
+        random = self._draw.integers(0, flat.size, min(_RANDOM, flat.size))
+        return np.unique(np.concatenate([np.argsort(flat)[-_LARGEST:], random]))
+
+    def _differences(self, feeds: Mapping[str, Array], name: str, coordinates: Array) -> Array:
+        result = np.full(feeds[name].shape, np.nan)
+        for index in coordinates:
+            place = np.unravel_index(int(index), result.shape)
+            sides = []
+            for sign in (1, -1):
+                moved = feeds[name].copy()
+                moved[place] += sign * _STEP
+                sides.append(self._value({**feeds, name: moved}))
+            result[place] = (sides[0] - sides[1]) / (2 * _STEP)
+        return result
+
+    def _value(self, feeds: Mapping[str, Array]) -> float:
+        return float(np.ravel(self._loss.run(["loss"], dict(feeds))[0])[0])  # type: ignore[index]
+
+
+def to_double(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph in float64; dequantized constants become plain ones."""
+    double = onnx.TensorProto.DOUBLE
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    for node in [node for node in graph.node if node.op_type == "DequantizeLinear"]:
+        codes, scales = values[node.input[0]], values[node.input[1]]
+        axis = next(held.i for held in node.attribute if held.name == "axis")
+        shape = [-1 if i == axis else 1 for i in range(codes.ndim)]
+        values[node.output[0]] = codes.astype(np.float32) * scales.reshape(shape)
+        graph.node.remove(node)
+    del graph.initializer[:]
+    for name, value in values.items():
+        wide = value.astype(np.float64) if value.dtype == np.float32 else value
+        graph.initializer.append(numpy_helper.from_array(wide, name))
+    for entry in [*graph.input, *graph.output]:
+        if entry.type.tensor_type.elem_type == onnx.TensorProto.FLOAT:
+            entry.type.tensor_type.elem_type = double
+    del graph.value_info[:]
+    for node in graph.node:
+        for held in node.attribute:
+            if node.op_type == "Cast" and held.name == "to" and held.i == onnx.TensorProto.FLOAT:
+                held.i = double
+    return result

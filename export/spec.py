@@ -1,0 +1,173 @@
+"""The export specification (TOML): what `edgewise export build` is told. Unknown keys are refused with the nearest name.
+
+    name = "watch"                             of the bundle; the first part of every program id
+    model = "watch_model:untrained"            a function `package.module:name` that returns a torch module, or "net.onnx"
+    weights = "watch.safetensors"              optional: the module's tensors by name
+    example = "example.npz"                    arrays x and y: a few real samples, for shapes and for the proof
+    loss = "cross_entropy"                     or "mse"
+    classes = ["left", "right"]                optional: names of the labels
+    seed = 0                                   of the adapters' initial values
+    held_out = { share = 0.2, gap = 1 }        what of each recording never trains, and how many windows before it are left out
+
+    [[program]]                                one per thing that devices may train
+    scope = "lora"                             "lora" | "head" | "layer" | "full"
+    precision = "int8"                         of the frozen part: "int8" | "float"
+    optimizer = "adamw"                        "adamw" | "sgd"
+    batch = 32                                 default batch size
+    rank = 4                                   further keys are options of the scope (lora: rank, alpha, targets; layer: modules)
+
+Paths are relative to the file; modules are looked for in its folder first.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_sdk.bundle import HeldOut
+from edge_sdk.keys import SigningKey
+from edge_sdk.tensors import Array
+from export.build import ProgramSpec, Report, build_bundle
+from export.errors import SpecError
+
+_KEYS: Mapping[str, type | tuple[type, ...]] = {
+    "name": str,
+    "model": str,
+    "weights": str,
+    "example": str,
+    "loss": str,
+    "classes": list,
+    "seed": int,
+    "held_out": dict,
+    "program": list,
+}
+_REQUIRED = ("name", "model", "example", "loss", "program")
+_PROGRAM_KEYS = ("scope", "precision", "optimizer", "batch")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One export specification; the module's docstring explains each key."""
+
+    path: Path
+    name: str
+    model: str
+    example: Path
+    loss: str
+    programs: tuple[ProgramSpec, ...]
+    weights: Path | None = None
+    classes: tuple[str, ...] | None = None
+    seed: int = 0
+    held_out: HeldOut = HeldOut(0.2, 1)
+
+
+def load_spec(path: Path) -> Spec:
+    """Read and check a specification. Raises `SpecError` naming file and key."""
+    try:
+        with path.open("rb") as file:
+            content = tomllib.load(file)
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: not a TOML file: {error}") from error
+    for key, value in content.items():
+        if key not in _KEYS:
+            near = difflib.get_close_matches(key, _KEYS, n=1)
+            raise SpecError(
+                f"{path}: unknown key {key!r}; {f'did you mean {near[0]!r}?' if near else 'known: ' + ', '.join(_KEYS)}"
+            )
+        if not isinstance(value, _KEYS[key]) or isinstance(value, bool):
+            raise SpecError(f"{path}: {key} = {value!r} has the wrong type")
+    for key in _REQUIRED:
+        if key not in content:
+            raise SpecError(f"{path}: the key {key!r} is missing")
+    held_out = content.get("held_out", {})
+    if set(held_out) - {"share", "gap"}:
+        raise SpecError(f"{path}: held_out has share and gap, found {', '.join(held_out)}")
+    return Spec(
+        path=path,
+        name=content["name"],
+        model=content["model"],
+        example=path.parent / content["example"],
+        loss=content["loss"],
+        programs=tuple(_program(row, path) for row in content["program"]),
+        weights=path.parent / content["weights"] if "weights" in content else None,
+        classes=tuple(content["classes"]) if "classes" in content else None,
+        seed=content.get("seed", 0),
+        held_out=HeldOut(float(held_out.get("share", 0.2)), int(held_out.get("gap", 1))),
+    )
+
+
+def _program(row: Any, path: Path) -> ProgramSpec:
+    if not isinstance(row, dict) or not isinstance(row.get("scope"), str):
+        raise SpecError(f"{path}: every [[program]] names its scope")
+    given = {key: row[key] for key in _PROGRAM_KEYS if key in row}
+    return ProgramSpec(options={key: value for key, value in row.items() if key not in _PROGRAM_KEYS}, **given)
+
+
+def build_spec(
+    spec: Spec,
+    output: Path,
+    *,
+    release_key: SigningKey | None = None,
+    on_progress: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """Build what a specification says. Raises `ExportError`."""
+    x, y = _example(spec.example)
+    return build_bundle(
+        _model(spec),
+        (x, y),
+        output,
+        name=spec.name,
+        loss=spec.loss,
+        programs=spec.programs,
+        classes=spec.classes,
+        held_out=spec.held_out,
+        seed=spec.seed,
+        release_key=release_key,
+        on_progress=on_progress,
+    )
+
+
+def _example(path: Path) -> tuple[Array, Array]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return file["x"], file["y"]
+    except KeyError as error:
+        raise SpecError(f"{path}: has no array {error.args[0]!r}; expected x and y") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise SpecError(f"{path}: cannot be read as an .npz file of plain arrays: {error}") from error
+
+
+def _model(spec: Spec) -> Any:
+    module_name, colon, function = spec.model.partition(":")
+    if not colon:
+        if spec.weights is not None:
+            raise SpecError(f"{spec.path}: weights belong to a torch module; an ONNX file holds its own")
+        return spec.path.parent / spec.model
+    folder = str(spec.path.parent.resolve())
+    sys.path.insert(0, folder)
+    try:
+        make = getattr(importlib.import_module(module_name), function)
+    except (ImportError, AttributeError) as error:
+        raise SpecError(f"{spec.path}: model = {spec.model!r} cannot be imported: {error}") from error
+    finally:
+        sys.path.remove(folder)
+    module = make()
+    if spec.weights is not None:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            module.load_state_dict(load_file(spec.weights))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise SpecError(f"{spec.weights}: does not fit {spec.model}: {str(error)[:300]}") from error
+    return module
