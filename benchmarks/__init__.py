@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks.NAME --json FILE`, each against the named peer in one run."""
