@@ -6,7 +6,7 @@
     prefix = "acme/plant-2"             optional: topic levels above Edgewise's own
     broker = "mqtt://127.0.0.1:18830"   where the gateway's broker listens
     bundle = "watch.bundle"             the model and its programs
-    program = "watch/lora/r4/int8"      whose `infer` graph predicts (default: the first program that trains)
+    program = "watch/lora/r4/int8"      whose `infer` graph predicts (default: the one of the gateway's model)
     store = "store"                     folder of samples, outbox and downloads; made when it is missing
     device_key = "press-04.key"         signs this device's offers; stays on this device
     control_key = "control.pub"         whose rounds, tasks and verdicts are believed

@@ -39,13 +39,14 @@ class TooLarge(LinkError):
 
 @dataclass(frozen=True)
 class Message:
-    """A message that came. `mid` and `qos` are what `Link.ack` needs."""
+    """A message that came. `mid`, `qos` and `connection` are what `Link.ack` needs."""
 
     topic: str
     payload: bytes
     retain: bool
     mid: int
     qos: int
+    connection: int
 
 
 @dataclass(frozen=True)
@@ -172,9 +173,12 @@ class Link:
         return int(info.mid)
 
     def ack(self, message: Message) -> None:
-        """Receipt a message (`manual_ack` only)."""
+        """Receipt a message (`manual_ack` only).
+
+        One of an earlier connection is not receipted: its number means another message now, and it will come again.
+        """
         client = self._client
-        if client is not None and message.qos:
+        if client is not None and message.qos and message.connection == self._attempt:
             client.ack(message.mid, message.qos)
 
     def close(self) -> None:
@@ -270,7 +274,8 @@ class Link:
 
         def on_message(_client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
             self.bytes_received += len(message.payload) + len(message.topic)
-            self._emit(Message(message.topic, bytes(message.payload), message.retain, message.mid, message.qos))
+            payload = bytes(message.payload)
+            self._emit(Message(message.topic, payload, message.retain, message.mid, message.qos, number))
 
         def on_publish(_client: mqtt.Client, _data: Any, mid: int, code: Any, _properties: Any) -> None:
             if code.is_failure:

@@ -1,0 +1,195 @@
+"""A site for tests: keys, registry, job file, bundle and devices in one folder, all real."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from aggregator.job import load_job
+from aggregator.journal import Status, read_status
+from aggregator.service import Service
+from devices.cli import make_keys
+from devices.registry import Entry, Registry
+from edge_sdk import EdgeDevice
+from edge_sdk.keys import SigningKey
+from tests.tiny_bundle import HEAD, tiny_bundle, tiny_data
+
+
+class Site:
+    """`job` holds overrides of the job file by dotted key; `data` how many samples each device has."""
+
+    def __init__(
+        self,
+        folder: Path,
+        devices: Sequence[str],
+        *,
+        job: dict[str, Any] | None = None,
+        features: int = 4,
+        samples: int = 60,
+        broker: str | None = None,
+        limits: dict[str, Any] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.ids = list(devices)
+        self.bundle = tiny_bundle(folder / "tiny.bundle", features=features)
+        self.keys = make_keys(folder / "keys")
+        self.port = free_port()
+        self.broker = broker or f"mqtt://127.0.0.1:{self.port}"
+        registry = Registry()
+        for number, device in enumerate(devices):
+            (folder / device).mkdir()
+            key = SigningKey.generate(folder / device / "device.key")
+            registry.add(Entry(device, key.verify_key.text))
+            self._write_device(device, limits or {})
+            with EdgeDevice.open(self.config(device)) as opened:
+                x, y = tiny_data(samples, features=features, seed=number + 10)
+                opened.record_many(x, y, recording="all")
+        registry.save(folder / "devices.json")
+        self.job = folder / "job.toml"
+        self.write_job(job or {}, own_broker=broker is None)
+
+    def _write_device(self, device: str, limits: dict[str, Any]) -> None:
+        values = {
+            "id": device,
+            "site": "test",
+            "job": "tiny",
+            "broker": self.broker,
+            "bundle": "../tiny.bundle",
+            "store": "store",
+            "device_key": "device.key",
+            "control_key": "../keys/control.pub",
+        }
+        lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
+        if limits:
+            lines += ["[limits]", *(f"{name} = {value}" for name, value in limits.items())]
+        self.config(device).write_text("\n".join(lines) + "\n")
+
+    def config(self, device: str) -> Path:
+        return self.folder / device / "device.toml"
+
+    def write_job(self, changes: dict[str, Any], *, own_broker: bool = True) -> None:
+        values: dict[str, Any] = {
+            "site": "test",
+            "job": "tiny",
+            "bundle": "tiny.bundle",
+            "program": HEAD,
+            "rounds": 2,
+            "state": "state",
+            "keys.control": "keys/control.key",
+            "devices.registry": "devices.json",
+            "round.devices_wait": len(self.ids),
+            "round.deadline_seconds": 60,
+            "task.steps": 10,
+            "task.batch_size": 8,
+            "task.learning_rate": 0.1,
+            "merge.rule": "mean",
+            **({"broker.port": self.port} if own_broker else {"broker.url": self.broker}),
+            **changes,
+        }
+        top = [f"{k} = {toml(v)}" for k, v in values.items() if "." not in k]
+        for table in sorted({k.split(".")[0] for k in values if "." in k}):
+            top.append(f"[{table}]")
+            top += [f"{k.split('.', 1)[1]} = {toml(v)}" for k, v in values.items() if k.startswith(f"{table}.")]
+        self.job.write_text("\n".join(top) + "\n")
+
+    def status(self) -> Status:
+        return read_status(load_job(self.job))
+
+    def service(self, **options: Any) -> Running:
+        return Running(Service(load_job(self.job), **options))
+
+    def gateway_process(self, **environment: str) -> subprocess.Popen[bytes]:
+        return spawn(
+            ["-m", "edge_sdk.cli", "-v", "aggregator", "run", str(self.job)], self.folder / "gateway.log", environment
+        )
+
+    def device_process(self, device: str, **environment: str) -> subprocess.Popen[bytes]:
+        code = (
+            "import sys, signal, threading, logging; from edge_sdk import EdgeDevice\n"
+            "logging.basicConfig(level=logging.INFO)\n"
+            "stop = threading.Event(); signal.signal(signal.SIGTERM, lambda *_: stop.set())\n"
+            "with EdgeDevice.open(sys.argv[1]) as device:\n"
+            "    device.start(); stop.wait()\n"
+        )
+        return spawn(["-c", code, str(self.config(device))], self.folder / f"{device}.log", environment)
+
+
+def toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{name} = {toml(item)}" for name, item in value.items()) + " }"
+    return json.dumps(value)
+
+
+def spawn(arguments: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    with log.open("ab") as sink:
+        return subprocess.Popen(
+            [sys.executable, *arguments], stdout=sink, stderr=sink, env={**os.environ, **environment}
+        )
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+class Running:
+    """A service in a thread of this process."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.result: Status | None = None
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        try:
+            self.result = self.service.run()
+        except BaseException as error:  # noqa: BLE001 - raised by `wait`
+            self.error = error
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.service.stop()
+        self._thread.join(20)
+
+    def wait(self, seconds: float = 60.0) -> Status:
+        self._thread.join(seconds)
+        if self.error is not None:
+            raise self.error
+        assert self.result is not None, "the job did not end in time"
+        return self.result
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def until(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
+    """Wait for a condition and return what it gave."""
+    end_at = time.monotonic() + seconds
+    while time.monotonic() < end_at:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.05)
+    raise AssertionError("the condition did not come true in time")

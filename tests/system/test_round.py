@@ -1,0 +1,121 @@
+"""A federated round from end to end: real broker, real devices, real gateway, in one process and in several."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aggregator.service import MODEL_FILE, SUMMARY_FILE
+from edge_sdk import DeviceEvent, EdgeDevice
+from edge_sdk.tensors import unpack
+from tests.system.site import Site, end, until
+from tests.tiny_bundle import LORA, tiny_data
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        {},
+        {"program": LORA, "merge.rule": "product_svd", "rounds": 3},
+        {"gate.enabled": False},
+        {"task.encoding": "float32"},
+    ],
+    ids=["head", "lora", "without a gate", "float32"],
+)
+def test_three_devices_learn_together(tmp_path: Path, job: dict) -> None:
+    site = Site(tmp_path, ["a", "b", "c"], job=job)
+    events: list[DeviceEvent] = []
+    with ExitStack() as stack:
+        running = stack.enter_context(site.service())
+        devices = [stack.enter_context(EdgeDevice.open(site.config(name), on_event=events.append)) for name in site.ids]
+        x, y = tiny_data(300, seed=99)
+        before = (devices[0].predict(x).argmax(axis=1) == y).mean()
+        for device in devices:
+            device.start()
+        status = running.wait()
+        final = unpack((tmp_path / "state" / MODEL_FILE).read_bytes())[0]
+        until(lambda: all(device.status().model == status.model for device in devices))
+        after = [(device.predict(x).argmax(axis=1) == y).mean() for device in devices]
+        counts = [device.status() for device in devices]
+    rounds = job.get("rounds", 2)
+    evaluates = job.get("gate.enabled", True)
+    assert status.state == "done"
+    assert (status.duplicated, status.pending, status.set_aside, status.refused) == (0, 0, {}, {})
+    assert status.merged == status.accepted == 3 * (rounds + (rounds + 1 if evaluates else 0))
+    assert after[0] > before + 0.2
+    assert after == [after[0]] * 3
+    assert {event.kind for event in events} >= {"online", "task_done", "update_accepted", "model_changed"}
+    assert all(np.isfinite(value).all() for value in final.values())
+    summary = json.loads((tmp_path / "state" / SUMMARY_FILE).read_text())
+    assert [record["outcome"] for record in summary["history"] if record["round"]] == ["accepted"] * rounds
+    assert [count.updates_accepted for count in counts] == [count.updates_made for count in counts]
+
+
+def test_a_job_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["a", "b"], job={"rounds": 4})
+    with ExitStack() as stack:
+        for name in site.ids:
+            stack.enter_context(EdgeDevice.open(site.config(name))).start()
+        with site.service() as running:
+            until(lambda: site.status().round >= 2)
+            running.service.stop()
+            assert running.wait().state == "stopped"
+        assert site.status().state == "stopped"
+        with site.service() as running:
+            status = running.wait()
+    assert status.state == "done"
+    assert [record.outcome for record in status.history][1:] == ["accepted"] * 4
+    assert (status.merged, status.duplicated) == (2 * 9, 0)
+
+
+def test_a_model_that_is_worse_is_rolled_back_and_the_reason_is_recorded(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["a", "b"], job={"rounds": 3, "task.steps": 60})
+    with ExitStack() as stack:
+        running = stack.enter_context(site.service())
+        for name in site.ids:
+            stack.enter_context(EdgeDevice.open(site.config(name))).start()
+        until(lambda: site.status().round >= 2)
+        running.service.stop()
+        running.wait()
+        good = site.status().history[1]
+        assert good.outcome == "accepted"
+        # The rest of the job trains with a rate that destroys the model.
+        ruin = {"task.learning_rate": 9.9, "task.hyper": {"weight_decay": 0.2}, "limits.norm": 1e6}
+        site.write_job({"rounds": 3, "task.steps": 60, **ruin})
+        with site.service() as again:
+            status = again.wait()
+    record = status.history[-1]
+    assert record.outcome == "rolled_back"
+    assert "worse by" in record.reason
+    assert record.model == record.start
+    assert status.model == record.start
+
+
+def test_a_device_without_samples_declines_and_the_others_go_on(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["a", "b"], job={"rounds": 1})
+    (tmp_path / "b" / "store" / "samples.sqlite").unlink()
+    with ExitStack() as stack:
+        running = stack.enter_context(site.service())
+        for name in site.ids:
+            stack.enter_context(EdgeDevice.open(site.config(name))).start()
+        status = running.wait()
+    assert status.history[-1].merged == 1
+    assert "needs at least 1" in status.history[-1].declined["b"]
+
+
+def test_processes_of_their_own_do_the_same_and_the_command_ends_with_0(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["a", "b"])
+    gateway = site.gateway_process()
+    devices = [site.device_process(name) for name in site.ids]
+    try:
+        assert gateway.wait(60) == 0, (tmp_path / "gateway.log").read_text()
+    finally:
+        for process in (gateway, *devices):
+            end(process)
+    assert site.status().state == "done"
+    assert site.status().merged == 10
+    assert [process.returncode for process in devices] == [0, 0]
