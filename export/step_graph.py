@@ -16,10 +16,11 @@ import onnx_ir as ir
 from edge_sdk.tensors import Array
 from export.errors import ContractError
 from export.gradients import differentiate
-from export.graph import BATCH, IR_VERSION, OPSET, Builder, clone, dims, infer_shapes, tidy
+from export.graph import IR_VERSION, OPSET, Builder, clone, dims, tidy
 from export.losses import Accumulator, Loss
 from export.optimizers import Optimizer, append_optimizer
 from export.scopes import Trainable
+from export.shapes import BATCH, infer_shapes
 
 log = logging.getLogger(__name__)
 
