@@ -25,6 +25,7 @@ from export.errors import UnknownShape
 BATCH: Final = "batch"
 _SIZES: Final = (101, 211)  # primes, so that a division of the batch is noticed
 _LINE: Final = re.compile(r"((?P<slope>\d+)\*)?batch(?P<offset>[+-]\d+)?")
+_SHAPE_KEEPING: Final = ("GroupNormalization", "MeanVarianceNormalization")
 _SMALL: Final = 64  # elements: what shapes are computed with; weights are larger or are left alone
 
 
@@ -120,7 +121,8 @@ def _inferred(model: ir.Model, batch: int) -> _Inferred:
                 shapes[value.name] = tuple(d.dim_value if d.HasField("dim_value") else None for d in held.shape.dim)
         shapes |= {name: value.shape for name, value in known.items()}
         new = dict(_evaluated(proto.graph, shapes, known, computed))
-        if not new:
+        helped = _keep_shapes(proto.graph, shapes, types)
+        if not new and not helped:
             shapes |= {name: value.shape for name, value in computed.items()}
             types |= {name: ir.DataType.from_numpy(value.dtype).value for name, value in computed.items()}
             return _Inferred(shapes, types, computed)
@@ -129,6 +131,17 @@ def _inferred(model: ir.Model, batch: int) -> _Inferred:
             proto.graph.initializer.append(numpy_helper.from_array(content, name))
         del proto.graph.node[:]
         proto.graph.node.extend(kept)
+
+
+def _keep_shapes(graph: onnx.GraphProto, shapes: dict[str, tuple[int | None, ...]], types: dict[str, int]) -> bool:
+    """Note the shapes of outputs that ONNX's inference leaves open although they are those of the input."""
+    helped = False
+    for node in graph.node:
+        name, source = node.output[0], node.input[0] if node.input else ""
+        if node.op_type in _SHAPE_KEEPING and name not in shapes and None not in shapes.get(source, (None,)):
+            graph.value_info.append(onnx.helper.make_tensor_value_info(name, types[source], shapes[source]))
+            helped = True
+    return helped
 
 
 def _evaluated(

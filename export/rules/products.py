@@ -20,9 +20,9 @@ def _matmul(b: Builder, node: ir.Node, dy: ir.Value, wanted: Wanted) -> Gradient
     if wanted[0]:
         da = unbroadcast(b, b.op("MatMul", dy, swapped(b, second)), (*came[:-1], left[-1]), first)
     if wanted[1] and len(right) == 2:
-        inner, outer = static(second)
         rows, errors = first, dy
         if len(left) > 2:
+            inner, outer = static(second)
             rows, errors = b.op("Reshape", first, b.ints(-1, inner)), b.op("Reshape", dy, b.ints(-1, outer))
         dc = b.op("Gemm", rows, errors, transA=1)
     elif wanted[1]:
