@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
@@ -96,33 +97,47 @@ def weight_gradient(
     window: Window,
     group: int,
 ) -> ir.Value:
-    """dW[o, c, t] = sum over n, l of dy[n, o, l] * x_padded[n, c, stride l + dilation t]: one product per kernel tap."""
+    """dW[o, c, t] = sum over n, l of dy[n, o, l] * x_padded[n, c, stride l + dilation t]: one product per kernel tap.
+
+    The batch is turned to the innermost axis once, so that the strided slice of each tap copies runs of many samples. Few
+    input channels are joined over the taps: one product of `[out, n l]` and `[n l, taps channels]` is then the faster one.
+    """
     out, inner = shape[:2]
     rank = window.rank
-    axes = list(range(2, rank + 2))
+    axes = list(range(1, rank + 1))
     if any(window.pads):
         x = b.op("Pad", x, b.ints(0, 0, *window.begins, 0, 0, *window.ends))
-    first = [1, 0, *axes]
-    channels, errors = b.op("Transpose", x, perm=first), b.op("Transpose", dy, perm=first)
-    depthwise = inner == 1 and out == group
-    if group == 1 or depthwise:
-        errors = b.op("Reshape", errors, b.ints(out, -1))
-    else:
-        errors = b.op("Reshape", errors, b.ints(group, out // group, -1))
+    turn = [*range(1, rank + 2), 0]
+    channels, errors = b.op("Transpose", x, perm=turn), b.op("Transpose", dy, perm=turn)
     taps = []
     for tap in itertools.product(*(range(size) for size in window.kernel)):
         starts = [d * t for d, t in zip(window.dilations, tap, strict=True)]
         stops = [s + stride * (n - 1) + 1 for s, stride, n in zip(starts, window.strides, outs, strict=True)]
         seen = b.op("Slice", channels, b.ints(*starts), b.ints(*stops), b.ints(*axes), b.ints(*window.strides))
-        if depthwise:
-            flat = b.op("Reshape", seen, b.ints(out, -1))
-            taps.append(b.op("ReduceSum", b.op("Mul", errors, flat), b.ints(1), keepdims=1))
-        elif group == 1:
-            flat = b.op("Reshape", seen, b.ints(inner, -1))
-            taps.append(b.op("Gemm", errors, flat, transB=1))
-        else:
-            flat = b.op("Transpose", b.op("Reshape", seen, b.ints(group, inner, -1)), perm=[0, 2, 1])
-            taps.append(b.op("MatMul", errors, flat))
-    each = [b.op("Reshape", tap, b.ints(out, inner, 1)) for tap in taps]
+        taps.append(b.op("Reshape", seen, b.ints(inner * group, -1)))
+    if group == 1 and inner <= _FEW_CHANNELS:
+        joined = taps[0] if len(taps) == 1 else b.op("Concat", *taps, axis=0)
+        product = b.op("Gemm", b.op("Reshape", errors, b.ints(out, -1)), joined, transB=1)
+        apart = b.op("Reshape", product, b.ints(out, *window.kernel, inner))
+        return b.op("Transpose", apart, perm=[0, rank + 1, *range(1, rank + 1)])
+    each = [b.op("Reshape", part, b.ints(out, inner, 1)) for part in _products(b, errors, taps, out, inner, group)]
     joined = each[0] if len(each) == 1 else b.op("Concat", *each, axis=2)
     return b.op("Reshape", joined, b.ints(*shape))
+
+
+_FEW_CHANNELS = 8
+
+
+def _products(
+    b: Builder, errors: ir.Value, taps: Sequence[ir.Value], out: int, inner: int, group: int
+) -> list[ir.Value]:
+    """For each tap `[channels, n l]` the product with the errors `[out, n l]`, within each group."""
+    if group == 1:
+        flat = b.op("Reshape", errors, b.ints(out, -1))
+        return [b.op("Gemm", flat, tap, transB=1) for tap in taps]
+    if inner == 1 and out == group:
+        flat = b.op("Reshape", errors, b.ints(out, -1))
+        return [b.op("ReduceSum", b.op("Mul", flat, tap), b.ints(1), keepdims=1) for tap in taps]
+    flat = b.op("Reshape", errors, b.ints(group, out // group, -1))
+    turned = [b.op("Transpose", b.op("Reshape", tap, b.ints(group, inner, -1)), perm=[0, 2, 1]) for tap in taps]
+    return [b.op("MatMul", flat, tap) for tap in turned]

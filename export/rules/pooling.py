@@ -9,7 +9,8 @@ import onnx_ir as ir
 
 from export.gradients import Gradients, UnsupportedAttribute, Wanted, gradient
 from export.graph import Builder, attribute, dims, expanded, given, reshaped, static
-from export.rules.windows import Window, window_of
+from export.rules.elementwise import masked
+from export.rules.windows import Window, apart, behind, together, window_of
 
 
 @gradient("MaxPool")
@@ -22,7 +23,7 @@ def _max_pool(b: Builder, node: ir.Node, dy: ir.Value, _wanted: Wanted) -> Gradi
     outs = static(node.outputs[0], 2)
     tiled = window.kernel == window.strides and not any(window.pads) and set(window.dilations) == {1}
     if tiled and all(n * k <= size for n, k, size in zip(outs, window.kernel, static(x, 2), strict=True)):
-        return (_tiled_max(b, x, dy, outs, window.kernel),)
+        return (_tiled_max(b, x, node.outputs[0], dy, outs, window.kernel),)
     # Windows overlap: the runtime says where each maximum came from, counted over the whole tensor.
     if len(node.outputs) < 2:
         node.resize_outputs(2)
@@ -35,33 +36,22 @@ def _max_pool(b: Builder, node: ir.Node, dy: ir.Value, _wanted: Wanted) -> Gradi
     return (reshaped(b, b.op("ScatterElements", zeros, *moved, axis=0, reduction="add"), x),)
 
 
-def _tiled_max(b: Builder, x: ir.Value, dy: ir.Value, outs: tuple[int, ...], kernel: tuple[int, ...]) -> ir.Value:
-    """Windows side by side: cut, mark the first maximum of each, put together again."""
+def _tiled_max(
+    b: Builder, x: ir.Value, y: ir.Value, dy: ir.Value, outs: tuple[int, ...], kernel: tuple[int, ...]
+) -> ir.Value:
+    """Windows side by side: the first place that holds the maximum takes dy, and leaves none to those behind it."""
     channels, *sizes = static(x, 1)
-    rank = len(kernel)
     used = [n * k for n, k in zip(outs, kernel, strict=True)]
-    axes = list(range(2, rank + 2))
-    seen = x
     if used != sizes:
-        seen = b.op("Slice", x, b.ints(*[0] * rank), b.ints(*used), b.ints(*axes), b.ints(*[1] * rank))
-    pairs = [size for pair in zip(outs, kernel, strict=True) for size in pair]
-    apart = b.op("Reshape", seen, b.ints(-1, channels, *pairs))
-    forth = [0, 1, *(2 + 2 * i for i in range(rank)), *(3 + 2 * i for i in range(rank))]
-    if rank > 1:
-        apart = b.op("Transpose", apart, perm=forth)
-    count = math.prod(kernel)
-    windows = b.op("Reshape", apart, b.ints(-1, channels, *outs, count))
-    largest = b.op("ArgMax", windows, axis=-1, keepdims=0)
-    mark = b.op("OneHot", largest, b.const(np.array(count)), b.const(np.array([0, 1], np.float32)), axis=-1)
-    spread = b.op("Mul", mark, b.op("Unsqueeze", dy, b.ints(-1)))
-    if rank > 1:
-        split = b.op("Reshape", spread, b.ints(-1, channels, *outs, *kernel))
-        spread = b.op("Transpose", split, perm=[int(i) for i in np.argsort(forth)])
-    whole = b.op("Reshape", spread, b.ints(-1, channels, *used))
-    if used == sizes:
-        return whole
-    rest = [size - n for size, n in zip(sizes, used, strict=True)]
-    return b.op("Pad", whole, b.ints(*[0] * (rank + 2), 0, 0, *rest))
+        axes = range(2, len(kernel) + 2)
+        x = b.op("Slice", x, b.ints(*[0] * len(kernel)), b.ints(*used), b.ints(*axes))
+    flat = b.ints(-1)
+    y, left = b.op("Reshape", y, flat), b.op("Reshape", dy, flat)
+    taken = []
+    for part in apart(b, x, outs, kernel)[:-1]:
+        taken.append(masked(b, b.op("Equal", part, y), left))
+        left = b.op("Sub", left, taken[-1])
+    return behind(b, together(b, [*taken, left], outs, kernel), channels, used, sizes)
 
 
 @gradient("AveragePool")
@@ -80,7 +70,9 @@ def _average_pool(b: Builder, node: ir.Node, dy: ir.Value, _wanted: Wanted) -> G
         counts = _counted(window, outs, tuple(sizes))
     share = b.op("Div", dy, b.const(counts))
     if window.kernel == window.strides and not any(window.pads):
-        return (_spread(b, share, x, outs, window.kernel),)
+        used = [n * k for n, k in zip(outs, window.kernel, strict=True)]
+        parts = [b.op("Reshape", share, b.ints(-1))] * math.prod(window.kernel)
+        return (behind(b, together(b, parts, outs, window.kernel), channels, used, sizes),)
     ones = b.const(np.ones((channels, 1, *window.kernel), np.float32))
     return (
         b.op(
@@ -103,20 +95,6 @@ def _counted(window: Window, outs: tuple[int, ...], sizes: tuple[int, ...]) -> n
         seen = np.minimum(starts + window.kernel[axis], size) - np.maximum(starts, 0)
         counts *= seen.reshape([-1 if i == axis else 1 for i in range(len(outs))]).astype(np.float32)
     return counts
-
-
-def _spread(b: Builder, share: ir.Value, x: ir.Value, outs: tuple[int, ...], kernel: tuple[int, ...]) -> ir.Value:
-    """Windows side by side: every place of a window gets its share; what no window sees gets zero."""
-    channels, *sizes = static(x, 1)
-    rank = len(kernel)
-    apart = b.op("Reshape", share, b.ints(-1, channels, *(size for n in outs for size in (n, 1))))
-    wide = b.op("Expand", apart, b.ints(1, 1, *(size for k in kernel for size in (1, k))))
-    used = [n * k for n, k in zip(outs, kernel, strict=True)]
-    whole = b.op("Reshape", wide, b.ints(-1, channels, *used))
-    if used == sizes:
-        return whole
-    rest = [size - n for size, n in zip(sizes, used, strict=True)]
-    return b.op("Pad", whole, b.ints(*[0] * (rank + 2), 0, 0, *rest))
 
 
 @gradient("GlobalAveragePool")

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from export.gradients import Gradients, UnsupportedAttribute, Wanted, gradient
 from export.graph import Builder, attribute, dims, given
+from export.rules.elementwise import masked
 
 _RANGES: Final = {
     ir.DataType.INT4: (-8, 7),
@@ -43,7 +44,7 @@ def _quantize(b: Builder, node: ir.Node, dy: ir.Value, _wanted: Wanted) -> Gradi
             zero_point = b.op("Reshape", zero_point, b.ints(*column))
         place = b.op("Add", place, zero_point)
     inside = b.op("And", b.op("GreaterOrEqual", place, low - 0.5), b.op("LessOrEqual", place, high + 0.5))
-    return b.op("Where", inside, dy, 0.0), None, None
+    return masked(b, inside, dy), None, None
 
 
 @gradient("DequantizeLinear", "Round")

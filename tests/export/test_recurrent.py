@@ -15,7 +15,7 @@ from export.gradients import differentiate
 from export.graph import IR_VERSION, OPSET, Builder, clone, tidy
 from export.shapes import BATCH, infer_shapes
 
-T, I, H = 5, 3, 4
+T, INPUTS, H = 5, 3, 4
 GATES = {"LSTM": 4, "GRU": 3}
 
 
@@ -27,8 +27,8 @@ def layer(op_type: str, direction: str, **attributes) -> tuple[ir.Model, Builder
     b = Builder(model.graph)
     state = (BATCH, count, H) if batch_first else (count, BATCH, H)
     shapes = {
-        "x": (BATCH, T, I) if batch_first else (T, BATCH, I),
-        "w": (count, gates * H, I),
+        "x": (BATCH, T, INPUTS) if batch_first else (T, BATCH, INPUTS),
+        "w": (count, gates * H, INPUTS),
         "r": (count, gates * H, H),
         "b": (count, 2 * gates * H),
         **({"h": state} if initial else {}),
@@ -91,7 +91,7 @@ def test_unrolled_it_gives_what_the_operator_gives(op_type: str, attributes: dic
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 def test_gradients_equal_those_of_torch(kind: str, direction: str) -> None:
     both = direction == "bidirectional"
-    module = getattr(nn, kind)(I, H, bidirectional=both)
+    module = getattr(nn, kind)(INPUTS, H, bidirectional=both)
     model, b, inputs, outputs = layer(
         kind, direction, initial=False, **({"linear_before_reset": 1} if kind == "GRU" else {})
     )
@@ -156,7 +156,7 @@ def test_what_is_not_covered_is_no_wrong_gradient(op_type: str, attributes: dict
 def test_a_long_sequence_is_not_unrolled() -> None:
     model = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name="rule"), ir_version=IR_VERSION)
     b = Builder(model.graph)
-    x, w = b.input("x", "float32", (65, BATCH, I)), b.input("w", "float32", (1, 3 * H, I))
+    x, w = b.input("x", "float32", (65, BATCH, INPUTS)), b.input("w", "float32", (1, 3 * H, INPUTS))
     y = b.ops(1, "GRU", x, w, np.ones((1, 3 * H, H), np.float32), hidden_size=H)[0]
     loss = b.op("ReduceSum", y, keepdims=0)
     decompose(b, loss, [w])
