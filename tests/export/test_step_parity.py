@@ -163,7 +163,7 @@ def test_a_short_batch_may_be_padded_with_samples_of_weight_zero(name: str) -> N
 def test_twenty_steps_follow_torch(name: str, optimizer: str) -> None:
     """To 1e-4 of torch in float64, or as near to it as torch in float32 stays: a deep net may amplify rounding."""
     net = built(name)
-    x, y = net.model.example(8, seed=4)
+    x, y = net.model.example(8, seed=6)
     state = {f"p.{t.name}": t.value for t in net.applied.trainables}
     for entry in net.steps[optimizer].get_inputs():
         if entry.name.startswith("s"):
