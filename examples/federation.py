@@ -107,12 +107,9 @@ class Site:
             key = SigningKey.generate(folder / device / "device.key")
             registry.add(Entry(device, key.verify_key.text))
             mine = [recording for recording in recordings if recording.person == person]
-            np.savez(
-                site.data_of(device),
-                x=np.concatenate([recording.x for recording in mine]),
-                y=np.concatenate([np.full(len(recording.x), recording.label, np.int64) for recording in mine]),
-                recording=np.concatenate([np.full(len(recording.x), recording.name) for recording in mine]),
-            )
+            site.data_of(device).mkdir()
+            for recording in mine:
+                np.save(site.data_of(device) / f"{recording.name}_{recording.label}.npy", recording.x)
         registry.save(folder / "devices.json")
         site.job.write_text(site._job_text(options))
         return site
@@ -123,8 +120,8 @@ class Site:
         return self.folder / "job.toml"
 
     def data_of(self, device: str) -> Path:
-        """What one person's watch recorded."""
-        return self.folder / device / "recordings.npz"
+        """What one person's watch recorded: a file per recording, `<name>_<label>.npy`."""
+        return self.folder / device / "recordings"
 
     def report_of(self, device: str) -> Path:
         """What one device process writes about itself."""
