@@ -30,13 +30,14 @@ import numpy as np
 
 from benchmarks.report import CheckFailed, Report, main, parser, positive, ratio, table
 from edge_sdk.bundle import HeldOut
+from edge_sdk.draws import Draws
 from edge_sdk.errors import MissingDependency
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 TASKS = CHECKOUT / "benchmarks" / "footprint_tasks"
 DEVICE, FLOWER = CHECKOUT / ".venv-device", CHECKOUT / ".venv-flower"
-TASK = {"epochs": 3, "batch_size": 32, "learning_rate": 1e-3, "weight_decay": 0.01, "seed": 0}
-SAMPLES = 320
+SAMPLES, EPOCHS, BATCH, SEED = 320, 3, 32, 0  # whole batches: what is left over is another matter
+LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.01
 SAME_LOSS = 1e-3  # relative; the two are float32 sums in another order
 NOT_COUNTED = ("pip", "setuptools")  # of the environment, not of what was installed into it
 
@@ -196,14 +197,23 @@ def prepare(folder: Path) -> tuple[Path, Path, Path]:
     y = draw.integers(0, CLASSES, SAMPLES)
     bundle, weights, data = folder / "net.bundle", folder / "net.pt", folder / "data.npz"
     torch.save(net.state_dict(), weights)
-    np.savez(data, x=x, y=y, settings=json.dumps(TASK))
+    order = Draws(SEED, "order")  # as a device draws it, for the peer, which has no Edgewise
+    orders = np.stack([order.permutation(np.arange(SAMPLES)) for _ in range(EPOCHS)])
+    settings = {
+        "epochs": EPOCHS,
+        "batch_size": BATCH,
+        "learning_rate": LEARNING_RATE,
+        "weight_decay": WEIGHT_DECAY,
+        "seed": SEED,
+    }
+    np.savez(data, x=x, y=y, order=orders, settings=json.dumps(settings))
     build_bundle(
         net,
         (x[:16], y[:16]),
         bundle,
         name="net",
         loss="cross_entropy",
-        programs=[ProgramSpec("full", precision="float", optimizer="adamw", batch=TASK["batch_size"])],
+        programs=[ProgramSpec("full", precision="float", optimizer="adamw", batch=BATCH)],
         held_out=HeldOut(),
     )
     return bundle, weights, data

@@ -24,15 +24,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
 import numpy as np
 
+from edge_sdk import __version__, faults, wire
 from edge_sdk import conversation as talk
-from edge_sdk import faults, wire
 from edge_sdk.bundle import Bundle, Program
 from edge_sdk.config import DeviceConfig
 from edge_sdk.downloads import Downloads
@@ -598,7 +597,7 @@ class EdgeDevice:
                 state=state,
                 connection=held.connection,
                 outbox_id=self._outbox.outbox_id,
-                sdk=_sdk_version(),
+                sdk=__version__,
                 bundle=self._bundle.digest,
                 caps=wire.Caps(cores=os.cpu_count() or 0, ram=_memory(), precisions=self._precisions()),
                 outbox=wire.OutboxSummary(
@@ -857,13 +856,6 @@ def _servable(bundle: Bundle, wanted: str | None) -> tuple[Program, ...]:
     if not found:
         raise BundleError(f"{bundle.path}: no program can predict")
     return found
-
-
-def _sdk_version() -> str:
-    try:
-        return version("edgewise")
-    except PackageNotFoundError:
-        return ""
 
 
 def _memory() -> int:

@@ -45,7 +45,7 @@ def main(weights: str, data: str) -> None:
     from flwr.client import NumPyClient
 
     with np.load(data) as file:
-        x, y = file["x"], file["y"]
+        x, y, order = file["x"], file["y"], file["order"]
         settings: dict[str, Any] = json.loads(str(file["settings"]))
     torch.set_num_threads(1)
     net = Net()
@@ -55,7 +55,7 @@ def main(weights: str, data: str) -> None:
         def fit(self, parameters: list[np.ndarray], config: dict[str, Any]) -> tuple[Any, int, dict[str, Any]]:
             for held, given in zip(net.parameters(), parameters, strict=True):
                 held.data = torch.as_tensor(given)
-            losses = train(net, x, y, config)
+            losses = train(net, x, y, order, config)
             return [held.detach().numpy() for held in net.parameters()], len(x), {"losses": losses}
 
     began = time.perf_counter(), time.process_time()
@@ -71,18 +71,16 @@ def main(weights: str, data: str) -> None:
     print(json.dumps(found))
 
 
-def train(net: Net, x: np.ndarray, y: np.ndarray, config: dict[str, Any]) -> list[float]:
-    """Epochs of AdamW over shuffled batches, drawn as Edgewise draws them; the loss of each step."""
+def train(net: Net, x: np.ndarray, y: np.ndarray, order: np.ndarray, config: dict[str, Any]) -> list[float]:
+    """AdamW over batches in `order` (int64 `[epochs, n]`); the loss of each step."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=config["learning_rate"], weight_decay=config["weight_decay"])
-    draw = np.random.Generator(np.random.Philox(key=config["seed"]))
     losses = []
-    for _ in range(config["epochs"]):
-        for rows in draw.permutation(np.arange(len(x))).reshape(-1, config["batch_size"]):
-            loss = nn.functional.cross_entropy(net(torch.as_tensor(x[rows])), torch.as_tensor(y[rows]))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
+    for rows in order.reshape(-1, config["batch_size"]):
+        loss = nn.functional.cross_entropy(net(torch.as_tensor(x[rows])), torch.as_tensor(y[rows]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
     return losses
 
 
