@@ -73,6 +73,14 @@ def main(
     return 0
 
 
+def positive(text: str) -> int:
+    """The type of an argument that counts: a whole number of 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
 def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
     """Rows as text. `columns` maps a row's key to the heading above it; a missing value is shown as `-`."""
     cells = [list(columns.values()), *([_cell(row.get(key)) for key in columns] for row in rows)]
