@@ -767,9 +767,7 @@ def _status(db: sqlite3.Connection, rounds: int, *, running: bool) -> Status:
 
 
 def _refusals(db: sqlite3.Connection, most: int) -> list[Refusal]:
-    rows = db.execute(
-        "SELECT at, device, upload, round, reason, detail FROM refusal ORDER BY id DESC LIMIT ?", (most,)
-    )
+    rows = db.execute("SELECT at, device, upload, round, reason, detail FROM refusal ORDER BY id DESC LIMIT ?", (most,))
     return [Refusal(*row) for row in rows][::-1]
 
 

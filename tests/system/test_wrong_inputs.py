@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aggregator.broker import Broker
 from aggregator.job import BrokerSettings
 from edge_sdk import DeviceEvent, EdgeDevice, wire
 from edge_sdk.errors import BundleError, SampleError
+from edge_sdk.keys import SigningKey
 from edge_sdk.tensors import pack
 from edge_sdk.wire import CHUNK
 from tests.system.hostile import HostileDevice
@@ -86,6 +88,12 @@ def bytes_of_another_digest(device: HostileDevice) -> wire.Ack:
     return device.deliver(data, device.offer(data, digest="d" * 64))
 
 
+def signed_by_another_key(device: HostileDevice) -> wire.Ack:
+    device.key = SigningKey(Ed25519PrivateKey.generate())
+    data = body(device, 0.0)
+    return device.deliver(data, device.offer(data))
+
+
 _1_GIB_TENSOR = b'{"weight":{"dtype":"F32","shape":[268435456],"data_offsets":[0,1073741824]}}'
 ATTACKS: Mapping[str, tuple[Attack, str, str]] = {
     "nan": (sends(lambda d: body(d, np.nan)), "bad_content", "not_finite: tensor 'weight' holds NaN"),
@@ -114,6 +122,7 @@ ATTACKS: Mapping[str, tuple[Attack, str, str]] = {
     "chunks": (sends(lambda d: body(d, 0.0), chunks=7), "bad_geometry", "bytes in 7 chunks of 65536"),
     "wrong-chunks": (wrong_chunks, "bad_geometry", "16 chunks of a wrong index or length within a minute"),
     "digest": (bytes_of_another_digest, "bad_content", "the bytes do not have the digest of the offer"),
+    "key": (signed_by_another_key, "bad_signature", "the offer is not signed by this device's key"),
     "task": (sends(lambda d: body(d, 0.0), task="7" * 16), "foreign_task", "was not issued here to this device"),
     "nobody": (sends(lambda d: body(d, 0.0), num_examples=0), "bad_content", "num_examples is 0, at least 1"),
 }
@@ -132,7 +141,7 @@ class Siege:
 
 
 @pytest.fixture(scope="module")
-def siege(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Siege]:
+def siege(tmp_path_factory: pytest.TempPathFactory) -> Siege:
     """Every attack in one round, each by its own device, beside one honest device that closes the round."""
     hostile = list(ATTACKS)
     job = {"rounds": 1, "gate.enabled": False, "round.devices_wait": len(hostile), "round.quorum": 1}
@@ -160,7 +169,7 @@ def siege(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Siege]:
             device.link.close()
     finally:
         end(gateway)
-    yield Siege(
+    return Siege(
         verdicts,
         json.loads(edgewise("job", "status", site.job, "--json").stdout),
         json.loads(edgewise("job", "rounds", site.job, "--json").stdout),
