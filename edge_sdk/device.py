@@ -310,6 +310,8 @@ class EdgeDevice:
                 chunk = self._sent.pop(event.mid, None)
                 if chunk is not None:
                     self._advance(talk.ChunkSent(_now(), *chunk))
+                    if self._state.upload is not None and self._state.upload.stage is talk.Stage.WAITING:
+                        faults.point("D5")
             case _Look():
                 self._set_timer("look", _LOOK_AGAIN)
             case _:
