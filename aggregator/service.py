@@ -177,6 +177,7 @@ class Service:
         self._finished = False
         self._reconnect_at: float | None = None
         self._subscribed = False
+        self._told_down = False  # that there is no connection; said once until there is one
         self._heard = self._ticked = self._shown = 0.0
 
     def stop(self) -> None:
@@ -329,7 +330,8 @@ class Service:
 
     def _on_link(self, event: LinkEvent) -> None:
         if isinstance(event, LinkUp):
-            log.info("connected to the broker")
+            log.log(logging.WARNING if self._told_down else logging.INFO, "connected to the broker")
+            self._told_down = False
             if not event.session_present or not self._subscribed:
                 self._attempt(lambda: self._link.subscribe(self._address.aggregator_subscriptions()))
                 self._subscribed = True
@@ -337,7 +339,9 @@ class Service:
             for topic, payload, expires in self._journal.published():
                 self._queue_retained(topic, payload, expires)
         elif isinstance(event, LinkDown):
-            log.warning("no connection to the broker: %s", event.reason)
+            if not self._told_down:
+                log.warning("no connection to the broker: %s; trying again until it answers", event.reason)
+                self._told_down = True
             self._reconnect_at = time.monotonic() + random.uniform(0.1, 1.0)  # noqa: S311 - jitter
 
     def _process(self, items: Iterable[_Input]) -> bool:

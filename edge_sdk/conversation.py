@@ -62,6 +62,7 @@ DELETE: Final = frozenset(
 QUARANTINE: Final = frozenset({Reason.SEQ_CONFLICT, Reason.BAD_SIGNATURE, Reason.UNSUPPORTED_VERSION})
 _LONGEST_WAIT: Final = 600.0
 _STEADY: Final = 10.0  # seconds after which a connection counts as a good one
+_SUSPICIOUS: Final = 3  # connections in a row that did not last
 _FETCH_AGAIN: Final = 4.0
 
 
@@ -137,6 +138,7 @@ class Conversation:
     up_since: float = 0.0
     subscribed: bool = False
     attempts: int = 0
+    brief: int = 0  # connections in a row that did not last
     draws: int = 0
     window: int = WINDOW
     queue: tuple[Head, ...] = ()
@@ -498,10 +500,12 @@ def _link_down(state: Conversation, event: LinkDown) -> Result:
     # A connection that did not last is no reason to hurry: somebody may use the same name.
     steady = was_up and event.now - state.up_since >= _STEADY
     attempts = 0 if steady else state.attempts
+    brief = state.brief if not was_up else 0 if steady else state.brief + 1
     state = replace(
         state,
         link=LinkState.OFFLINE,
         attempts=attempts + 1,
+        brief=brief,
         upload=None,
         start=_unasked(state.start),
         model=_unasked(state.model),
@@ -509,7 +513,11 @@ def _link_down(state: Conversation, event: LinkDown) -> Result:
     longest = 5.0 if was_up and attempts == 0 else min(60.0, 2.0**attempts)
     state, delay = _draw(state, 0.0, longest)
     effects: Effects = (CancelTimer("verdict"), CancelTimer("fetch"), CancelTimer("held"))
-    return state, (*effects, SetTimer("connect", delay), Notify("offline", event.reason))
+    effects += (SetTimer("connect", delay), Notify("offline", event.reason))
+    if was_up and brief and brief % _SUSPICIOUS == 0:  # before MQTT 5, and in mosquitto 2.0, no broker says why
+        told = f"{brief} connections in a row ended within {_STEADY:g} s: does another device use this id?"
+        effects += (Notify("error", told),)
+    return state, effects
 
 
 def _unasked(blob: Blob | None) -> Blob | None:

@@ -136,7 +136,7 @@ class EdgeDevice:
         self._link = Link(config.broker, config.id, on_event=self._took)
         self._courtesy = _Courtesy()
         self._events: queue.Queue[talk.Event | LinkEvent | None] = queue.Queue()
-        self._waiting_messages = 0
+        self._undone: dict[str, Message | talk.Effect] = {}  # what a full disk prevented, to be done when there is room
         self._timers: list[tuple[float, int, str]] = []
         self._timer_ids: dict[str, int] = {}
         self._numbers = itertools.count()
@@ -271,10 +271,8 @@ class EdgeDevice:
 
     def _took(self, event: LinkEvent) -> None:
         """From paho's thread: enqueue and nothing else. A flood of blob chunks is cut; they will be asked for again."""
-        if isinstance(event, Message):
-            if self._waiting_messages >= _INBOX and "/down/blob/" in event.topic:
-                return
-            self._waiting_messages += 1
+        if isinstance(event, Message) and self._events.qsize() >= _INBOX and _is_blob(event):
+            return
         self._events.put(event)
 
     def _put(self, event: talk.Event) -> None:
@@ -293,9 +291,7 @@ class EdgeDevice:
             try:
                 self._handle(event)
             except StorageError as error:
-                log.error("%s", error)
-                self._tell("error", str(error))
-                self._look()
+                self._held_disk(error)
             except Exception as error:
                 log.exception("an event could not be handled: %s", type(event).__name__)
                 self._tell("error", f"{type(error).__name__}: {error}")
@@ -303,7 +299,6 @@ class EdgeDevice:
     def _handle(self, event: talk.Event | LinkEvent) -> None:
         match event:
             case Message():
-                self._waiting_messages -= 1
                 self._message(event)
             case LinkUp():
                 self._advance(talk.LinkUp(_now(), event.session_present, event.receive_max))
@@ -314,6 +309,8 @@ class EdgeDevice:
                 chunk = self._sent.pop(event.mid, None)
                 if chunk is not None:
                     self._advance(talk.ChunkSent(_now(), *chunk))
+                    if self._state.upload is not None and self._state.upload.stage is talk.Stage.WAITING:
+                        faults.point("D5")
             case _Look():
                 self._set_timer("look", _LOOK_AGAIN)
             case _:
@@ -322,7 +319,24 @@ class EdgeDevice:
     def _advance(self, event: talk.Event) -> None:
         self._state, effects = talk.step(self._state, event)
         for effect in effects:
+            self._perform(effect)
+
+    def _perform(self, effect: talk.Effect) -> None:
+        """Carry out an effect; what a full disk prevents does not keep the others from happening."""
+        try:
             self._carry_out(effect)
+        except StorageError as error:
+            self._undone[repr(effect)] = effect
+            self._held_disk(error)
+
+    def _do_undone(self) -> None:
+        """Once more what a full disk prevented."""
+        undone, self._undone = self._undone, {}
+        for item in undone.values():
+            if isinstance(item, Message):
+                self._message(item)
+            else:
+                self._perform(item)
 
     def _fire(self) -> None:
         now = _now()
@@ -331,6 +345,7 @@ class EdgeDevice:
             if self._timer_ids.get(name) == number:
                 del self._timer_ids[name]
                 if name == "look":
+                    self._do_undone()
                     self._look()
                 else:
                     self._advance(talk.TimerFired(now, name))
@@ -410,10 +425,15 @@ class EdgeDevice:
         if parsed is None or parsed.device not in (None, self.config.id):
             self._refuse(f"topic {message.topic}")
             return
+        self._undone.pop(message.topic, None)  # a newer one replaces it
         try:
             self._understand(parsed, message)
         except WireError as error:
             self._refuse(f"{parsed.kind}: {error}")
+        except StorageError as error:
+            if not _is_blob(message):  # a chunk is asked for again
+                self._undone[message.topic] = message
+            self._held_disk(error)
 
     def _refuse(self, what: str) -> None:
         self._refused += 1
@@ -668,6 +688,8 @@ class EdgeDevice:
         held = self._brake(present)
         if held is not Paused.NONE:
             return held
+        if self._undone:
+            return Paused.DISK
         largest = max(max_update_bytes(program, self._bundle.tensors) for program in self._bundle.programs.values())
         return Paused.NONE if self._outbox.has_room(largest) else Paused.DISK
 
@@ -732,14 +754,14 @@ class EdgeDevice:
         try:
             self._store(task, outcome)
         except StorageError as error:
-            log.error("%s", error)
-            self._tell("error", str(error))
-            self._held_disk()
+            self._held_disk(error)
             return talk.TaskPostponed(_now(), task.task)
         return talk.TaskDone(_now(), task.task)
 
-    def _held_disk(self) -> None:
+    def _held_disk(self, error: StorageError) -> None:
         """The disk has just refused: hold training back, and look again later."""
+        log.error("%s", error)
+        self._tell("error", str(error))
         self._put(talk.Gate(_now(), Paused.DISK))
         self._put_look_timer()
 
@@ -827,6 +849,10 @@ class _Courtesy:
         """Before a step."""
         with self._condition:
             self._condition.wait_for(lambda: self._serving == 0, timeout=_PATIENCE)
+
+
+def _is_blob(message: Message) -> bool:
+    return "/down/blob/" in message.topic
 
 
 def _now() -> float:
