@@ -48,6 +48,7 @@ class Options:
     batch: int = 32
     learning_rate: float = 1e-2
     rank: int = 4
+    alpha: float = 4.0  # scale 1: with the default 2 a rate of 1e-2 takes too long steps on some splits
     merge: str = "product_svd"
     encoding: str = "int8_row"
     broker: str = "auto"

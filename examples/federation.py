@@ -90,7 +90,7 @@ class Site:
             folder / "watch.bundle",
             name="watch",
             loss="cross_entropy",
-            programs=[ProgramSpec("lora", {"rank": options.rank}, batch=options.batch)],
+            programs=[ProgramSpec("lora", {"rank": options.rank, "alpha": options.alpha}, batch=options.batch)],
             classes=datasets.WATCH_CLASSES,
             seed=options.seed,
         )
