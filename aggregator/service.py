@@ -457,7 +457,7 @@ class Service:
             if isinstance(effect, intake.Durable):
                 self._write(effect, payload, out)
             elif isinstance(effect, intake.SendCommand):
-                out.append(_Command(effect, self._journal.next_counter(effect.device)))
+                out.append(_Command(effect, self._journal.next_counter(effect.device, event.now)))
             else:
                 out.append(effect)
 
