@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import re
 import subprocess
@@ -58,3 +59,13 @@ def test_the_gateway_and_the_flasher_load_no_torch(package: str) -> None:
     result = run_clean(code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("machine", ["edge_sdk/conversation.py", "aggregator/intake.py", "aggregator/rounds.py"])
+def test_what_decides_has_no_clock_no_chance_no_network_and_no_disk(machine: str) -> None:
+    tree = ast.parse((CHECKOUT / machine).read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    shells = {"time", "datetime", "random", "secrets", "socket", "sqlite3", "threading", "os", "pathlib", "paho"}
+    assert {name.split(".")[0] for name in imported}.isdisjoint(shells)
+    assert imported.isdisjoint({"edge_sdk.link", "edge_sdk.outbox", "aggregator.journal", "aggregator.broker"})
