@@ -37,7 +37,7 @@ def test_everything_dies_at_random(tmp_path: Path, kills: int, mean_seconds: flo
             plant.start(name)
         killed: Counter[str] = Counter()
         restart_at: dict[str, float] = {}
-        while killed.total() < kills:
+        while killed.total() < kills or set(killed) != set(WEIGHTS):
             victim = draw.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
             pause, rest = min(draw.expovariate(1 / mean_seconds), 3 * mean_seconds), draw.uniform(0, 0.5)
             until = time.monotonic() + pause
@@ -65,6 +65,5 @@ def test_everything_dies_at_random(tmp_path: Path, kills: int, mean_seconds: flo
         plant.finish()
     books = audit(site)
     print(books)
-    assert set(killed) == set(WEIGHTS)
     assert books.models >= 3
     assert books.made >= 6 * len(DEVICES)

@@ -35,7 +35,7 @@ def test_a_device_in_1970_connects_trains_and_is_believed(tmp_path: Path) -> Non
         end(device)
         end(gateway)
     told = [line.split() for line in (tmp_path / "a.log").read_text().splitlines()]
-    clocks = {kind: clock for kind, clock in told}
+    clocks = dict(told)
     assert clocks["opened"] == "unset"
     assert clocks["task_started"] == "synced"  # never before the gateway has told the time
     assert audit(site, allowed=frozenset()).merged == 3

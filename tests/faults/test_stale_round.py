@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import time
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from aggregator.broker import Broker
 from aggregator.job import BrokerSettings
 from edge_sdk import DeviceEvent, EdgeDevice, wire
 from edge_sdk.keys import SigningKey
-from edge_sdk.link import Link, LinkEvent, Message, Sent
+from edge_sdk.link import Link, LinkEvent, Sent
 from tests.system.site import Site, free_port, until
 
 DAY = 86_400_000
