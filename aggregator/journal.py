@@ -569,11 +569,12 @@ class Journal:
         )
         return [Presence(*(*row[:4], bool(row[4]), *row[5:])) for row in rows]
 
-    def next_counter(self, device: str) -> int:
-        """The next number of a command to a device; rises for ever."""
+    def next_counter(self, device: str, now: int) -> int:
+        """The next number of a command to a device. It rises for ever, also above those of a journal before this one."""
         row = self._db.execute(
-            "INSERT INTO counter VALUES (?, 1) ON CONFLICT (device) DO UPDATE SET value=value+1 RETURNING value",
-            (device,),
+            "INSERT INTO counter VALUES (?1, ?2) "
+            "ON CONFLICT (device) DO UPDATE SET value=max(value+1, ?2) RETURNING value",
+            (device, now),
         ).fetchone()
         return int(row[0])
 

@@ -332,12 +332,15 @@ class Service:
         if isinstance(event, LinkUp):
             log.log(logging.WARNING if self._told_down else logging.INFO, "connected to the broker")
             self._told_down = False
+            again = self._subscribed
             if not event.session_present or not self._subscribed:
                 self._attempt(lambda: self._link.subscribe(self._address.aggregator_subscriptions()))
                 self._subscribed = True
             self._outbox.clear()
             for topic, payload, expires in self._journal.published():
                 self._queue_retained(topic, payload, expires)
+            if again:
+                self._process([intake.LinkRestored(self._clock.now())])
         elif isinstance(event, LinkDown):
             if not self._told_down:
                 log.warning("no connection to the broker: %s; trying again until it answers", event.reason)
@@ -454,7 +457,7 @@ class Service:
             if isinstance(effect, intake.Durable):
                 self._write(effect, payload, out)
             elif isinstance(effect, intake.SendCommand):
-                out.append(_Command(effect, self._journal.next_counter(effect.device)))
+                out.append(_Command(effect, self._journal.next_counter(effect.device, event.now)))
             else:
                 out.append(effect)
 
@@ -893,7 +896,8 @@ class Service:
         now = self._clock.now()
         held, self._held = list(self._held.values()), {}
         alarm = _Alarmed("disk_full", "", "a transaction had to wait for space; nothing that was accepted is lost")
-        self._process([alarm, intake.StorageChanged(now, full=False), *held, rounds.Restarted(now)])
+        restored = [intake.StorageChanged(now, full=False), intake.LinkRestored(now)]
+        self._process([alarm, *restored, *held, rounds.Restarted(now)])
 
     def _without_disk(self, items: Sequence[_Input]) -> None:
         """What can be answered while nothing can be written: offers (`wait`, or a verdict from the ledger), fetches."""

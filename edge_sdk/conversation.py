@@ -10,7 +10,9 @@ Rules (transport.md, sections 1, 5, 8.1, 9)
    `Started` carried; effects are carried out by `edge_sdk.device`. The same events give the same effects.
 4. Gateway time comes from the signed `sync` command alone, which echoes this birth; later signed messages may move it
    forward, never back. Before it no task is started, so that a retained task of last week does no harm.
-5. An event that means nothing in this state changes nothing: the network is not a caller.
+5. A round or a task is older than another if it was made earlier by the gateway's clock. Numbers do not tell: a job that
+   is begun anew counts from 0 again.
+6. An event that means nothing in this state changes nothing: the network is not a caller.
 
 Three regions. Link: OFFLINE, CONNECTING, ONLINE, STOPPING. Upload, one at a time: IDLE, OFFERED, SENDING, WAITING (HELD
 entries stand aside until a time). Work: NONE, FETCHING, READY, TRAINING.
@@ -151,6 +153,7 @@ class Conversation:
     start: Blob | None = None  # of the task, while it is missing
     model: Blob | None = None  # to serve with, while it is missing
     round: int = 0
+    opened: int = 0  # gateway ms: when that round was opened; the later one is the newer, whatever their numbers
     paused: Paused = Paused.NONE
     synced: bool = False
     offset: float = 0.0  # gateway seconds at monotonic 0
@@ -212,9 +215,10 @@ class CommandReceived(Event):
 
 @dataclass(frozen=True)
 class RoundSeen(Event):
-    """The signed round manifest: its number, and the model to serve with, if chunks of it are missing."""
+    """The signed round manifest: its number, when it was opened, and the model to serve with, if chunks of it are missing."""
 
     round: int
+    opened: int  # gateway ms
     model: Blob | None
 
 
@@ -656,11 +660,11 @@ def _reoffer(state: Conversation, now: float) -> Result:
 
 
 def _round(state: Conversation, event: RoundSeen) -> Result:
-    if event.round < state.round:
+    if event.opened < state.opened:
         return _ignore(state, "old_round")
-    state = replace(state, round=event.round, model=event.model)
+    state = replace(state, round=event.round, opened=event.opened, model=event.model)
     effects: Effects = ()
-    if state.task is not None and state.task.round < event.round:
+    if state.task is not None and state.task.now < event.opened:
         state, effects = _drop(state)
     state, more = _fetch(state, event.now)
     return state, (*effects, *more)
@@ -671,7 +675,7 @@ def _task(state: Conversation, event: TaskOffered) -> Result:
     if state.task is not None and state.task.task == task.task:
         return _ignore(state, "same_task")
     late = state.synced and state.gateway_now(event.now) * 1000 >= task.deadline
-    if task.round < state.round or late:
+    if task.now < state.opened or late:
         return _ignore(state, "old_task")
     state, effects = _drop(state)
     if event.refusal is not None:

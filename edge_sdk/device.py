@@ -469,13 +469,13 @@ class EdgeDevice:
         model = None
         # A larger one belongs to a program that does not predict here.
         fits = 0 < manifest.model_bytes <= max(self._bundle.start_limit(program) for program in self._servable)
-        if manifest.model is not None and fits and manifest.round >= self._state.round:
+        if manifest.model is not None and fits and manifest.opened >= self._state.opened:
             self._serve = manifest.model
             if manifest.model != self._model:
                 model = self._blob(manifest.model, manifest.model_bytes)
                 if model is None:
                     self._adopt()
-        self._advance(talk.RoundSeen(_now(), manifest.round, model))
+        self._advance(talk.RoundSeen(_now(), manifest.round, manifest.opened, model))
 
     def _task(self, task: wire.Task) -> None:
         if self._outbox.task_done(task.task):

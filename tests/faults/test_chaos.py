@@ -22,7 +22,7 @@ WEIGHTS = {"a": 0.22, "b": 0.22, "c": 0.22, GATEWAY: 0.22, BROKER: 0.12}
 @pytest.mark.parametrize(
     ("kills", "mean_seconds", "seed"),
     [
-        pytest.param(40, 0.8, 20260112, marks=pytest.mark.faults, id="short"),
+        pytest.param(40, 0.6, 20260112, marks=pytest.mark.faults, id="short"),
         pytest.param(1200, 1.5, secrets.randbits(32), marks=pytest.mark.soak, id="half an hour"),
     ],
 )

@@ -157,7 +157,7 @@ def listen(event):
     if event.kind in left:
         left.clear()
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, unlimited[1]))
-        threading.Timer(3.0, resource.setrlimit, (resource.RLIMIT_FSIZE, unlimited)).start()
+        threading.Timer(1.5, resource.setrlimit, (resource.RLIMIT_FSIZE, unlimited)).start()
 with EdgeDevice.open(sys.argv[1], on_event=listen) as device:
     device.start(); stop.wait()
 print(errors)  # not even a log could be written before
