@@ -8,6 +8,7 @@ of an adapter are zero and would prove nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -18,6 +19,7 @@ import onnx_ir as ir
 import onnxruntime
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 
 from edge_sdk.tensors import Array
 from export.errors import ProofFailed
@@ -114,7 +116,7 @@ class CentralDifferences:
     name = "central differences"
 
     def __init__(self, loss: ir.Model, gradients: ir.Model, seed: int) -> None:
-        self._loss = ReferenceEvaluator(to_double(ir.to_proto(loss)))
+        self._loss = evaluator(loss)
         self._gradients = onnxruntime.InferenceSession(
             ir.to_proto(gradients).SerializeToString(), _one_thread(), providers=["CPUExecutionProvider"]
         )
@@ -156,6 +158,36 @@ class CentralDifferences:
 
     def _value(self, feeds: Mapping[str, Array]) -> float:
         return float(np.ravel(self._loss.run(["loss"], dict(feeds))[0])[0])  # type: ignore[index]
+
+
+class Erf(OpRun):
+    """The error function in float64: ONNX's reference evaluator computes it in float32."""
+
+    op_domain = ""
+
+    def _run(self, x: Array) -> tuple[Array]:
+        return (_erf(x),)
+
+
+class Gelu(OpRun):
+    """x times the normal distribution, for the same reason; its tanh form is an approximation by definition."""
+
+    op_domain = ""
+
+    def _run(self, x: Array, approximate: str = "none") -> tuple[Array]:
+        if approximate == "tanh":
+            return (x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),)
+        return (x * 0.5 * (1 + _erf(x * math.sqrt(0.5))),)
+
+
+def _erf(x: Array) -> Array:
+    value: Array = np.vectorize(math.erf, otypes=[np.float64])(x)
+    return value.astype(x.dtype)
+
+
+def evaluator(model: ir.Model) -> ReferenceEvaluator:
+    """The graph in float64, to be run by ONNX's own definitions of the operators."""
+    return ReferenceEvaluator(to_double(ir.to_proto(model)), new_ops=[Erf, Gelu])
 
 
 def to_double(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -20,7 +20,8 @@ from torch import nn
 
 from edge_sdk.tensors import Array
 from export.errors import UnsupportedModel
-from export.graph import IR_VERSION, OPSET, adopt
+from export.forward import adopt
+from export.graph import IR_VERSION, OPSET
 
 
 class _Functional(nn.Module):
