@@ -136,7 +136,7 @@ class _Outgoing:
     expiry: int | None = None
 
 
-_Work = intake.Verify | rounds.Merge | rounds.Judge
+_Work = intake.Verify | rounds.Merge | rounds.Judge | rounds.FinishJob
 _Result = _Merged | _MergeRefused | _Judged | _Alarmed
 _Input = Message | intake.Event | rounds.Event | _Result
 _Outward = intake.Effect | rounds.Effect
@@ -202,7 +202,8 @@ class Service:
             self._flush_traffic(self._rounds.round)
             status = self._journal.status(job.rounds)
             if self._finished:
-                _write_summary(job.state / SUMMARY_FILE, status)
+                text = json.dumps(status.to_json(), indent=1, sort_keys=True) + "\n"
+                _write(job.state / SUMMARY_FILE, text.encode())
             else:
                 status = replace(status, state="stopped")
         if self._on_progress is not None:
@@ -699,10 +700,8 @@ class Service:
                     self._outbox.append(_Outgoing(topic, data, "", device, expiry=BLOB_EXPIRY))
             case _Command(command, counter):
                 self._send_command(command, counter)
-            case intake.Verify() | rounds.Merge() | rounds.Judge():
+            case intake.Verify() | rounds.Merge() | rounds.Judge() | rounds.FinishJob():
                 self._work.append(effect)
-            case rounds.FinishJob(model):
-                self._finish_job(model)
             case _:
                 raise AssertionError(f"no one carries out {effect}")
 
@@ -833,12 +832,13 @@ class Service:
                 if self._rounds.phase is not rounds.Phase.JUDGE:
                     return []
                 return [_Judged(work, self._fold.judge(number, model, candidate))]
+            case rounds.FinishJob(model):
+                self._finish_job(model)
+                return []
 
     def _finish_job(self, model: str) -> None:
         target = self._job.state / MODEL_FILE
-        aside = target.with_suffix(".tmp")
-        aside.write_bytes(self._blobs.read(model))
-        aside.replace(target)
+        _write(target, self._blobs.read(model))
         self._blobs.prune({model})
         self._finished = True
         self._heard = time.monotonic()
@@ -914,7 +914,11 @@ class Service:
                         self._carry_out(effect)
 
 
-def _write_summary(path: Path, status: Status) -> None:
+def _write(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all. Raises `StorageError`."""
     aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(status.to_json(), indent=1, sort_keys=True) + "\n")
-    aside.replace(path)
+    try:
+        aside.write_bytes(data)
+        aside.replace(path)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written ({error.strerror}); free some disk space") from error

@@ -150,6 +150,7 @@ class Conversation:
     reported: int = 0  # entries that the last status told of
     work: Work = Work.NONE
     task: Task | None = None
+    declined: tuple[str, str] | None = None  # the last task, and why; said with every status until there is another
     start: Blob | None = None  # of the task, while it is missing
     model: Blob | None = None  # to serve with, while it is missing
     round: int = 0
@@ -493,7 +494,7 @@ def _link_up(state: Conversation, event: LinkUp) -> Result:
     if not event.session_present or not state.subscribed:  # a new process has not seen the retained messages
         effects += (Subscribe(),)
         state = replace(state, subscribed=True)
-    effects += (PublishStatus(State.ONLINE),)
+    effects += (PublishStatus(State.ONLINE, state.declined),)
     state, more = _fetch(state, event.now)
     state, offered = _offer_next(state, event.now)
     return state, (*effects, *more, *offered)
@@ -553,7 +554,7 @@ def _offer_next(state: Conversation, now: float) -> Result:
         soonest = min(state.held[head.upload] for head in state.queue)
         return state, (SetTimer("held", max(0.1, soonest - now)),)
     if state.reported:  # the gateway waits for a device that said it has something
-        return replace(state, reported=0), (PublishStatus(State.ONLINE),)
+        return replace(state, reported=0), (PublishStatus(State.ONLINE, state.declined),)
     return state, ()
 
 
@@ -679,13 +680,10 @@ def _task(state: Conversation, event: TaskOffered) -> Result:
         return _ignore(state, "old_task")
     state, effects = _drop(state)
     if event.refusal is not None:
-        return state, (
-            *effects,
-            PublishStatus(State.ONLINE, (task.task, event.refusal)),
-            Notify("declined", event.refusal),
-        )
+        state, told = _decline(state, task.task, event.refusal)
+        return state, (*effects, *told)
     work = Work.READY if event.start is None else Work.FETCHING
-    state = replace(state, task=task, work=work, start=event.start)
+    state = replace(state, task=task, work=work, start=event.start, declined=None)
     state, more = _fetch(state, event.now)
     state, begun = _begin(state, event.now)
     return state, (*effects, *more, *begun)
@@ -725,8 +723,13 @@ def _task_failed(state: Conversation, event: TaskFailed) -> Result:
     if state.task is None or state.task.task != event.task:
         return _ignore(state, "task_failed")
     state, effects = _drop(replace(state, work=Work.NONE))
-    declined = PublishStatus(State.ONLINE, (event.task, event.reason[:64]))
-    return state, (*effects, declined, Notify("declined", event.reason))
+    state, told = _decline(state, event.task, event.reason)
+    return state, (*effects, *told)
+
+
+def _decline(state: Conversation, task: str, reason: str) -> Result:
+    state = replace(state, declined=(task, reason[:64]))
+    return state, (PublishStatus(State.ONLINE, state.declined), Notify("declined", reason))
 
 
 def _task_postponed(state: Conversation, event: TaskPostponed) -> Result:
@@ -741,7 +744,7 @@ def _gate(state: Conversation, event: Gate) -> Result:
     state = replace(state, paused=event.paused)
     effects: Effects = (Notify("paused" if event.paused is not Paused.NONE else "resumed", event.paused),)
     if state.link is LinkState.ONLINE:
-        effects += (PublishStatus(State.ONLINE),)
+        effects += (PublishStatus(State.ONLINE, state.declined),)
     state, begun = _begin(state, event.now)
     return state, (*effects, *begun)
 
@@ -840,7 +843,7 @@ def _command(state: Conversation, event: CommandReceived) -> Result:
             state, effects = _begin(state, event.now)
             return state, (saved, *effects)
         case Order.REBIRTH:
-            return state, (saved, PublishStatus(State.ONLINE))
+            return state, (saved, PublishStatus(State.ONLINE, state.declined))
         case Order.PAUSE | Order.RESUME:
             paused = command.command is Order.PAUSE
             return state, (saved, SetPaused(paused), PublishReply(command.id, True))

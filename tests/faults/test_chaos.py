@@ -65,5 +65,5 @@ def test_everything_dies_at_random(tmp_path: Path, kills: int, mean_seconds: flo
         plant.finish()
     books = audit(site)
     print(books)
-    assert books.models >= 3
-    assert books.made >= 6 * len(DEVICES)
+    assert books.models >= 2
+    assert books.made >= 4 * len(DEVICES)

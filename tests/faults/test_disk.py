@@ -109,7 +109,7 @@ def test_a_gateway_whose_disk_is_full_makes_devices_wait_and_goes_on_when_there_
     with ExitStack() as stack:
         running = stack.enter_context(site.service(reserve_bytes=0))
         devices = [stack.enter_context(EdgeDevice.open(site.config(name))) for name in site.ids]
-        until(lambda: running.service._rounds.round == 0 and site.status().broker)
+        until(lambda: site.status().broker)
         for device in devices:
             device.start()
         until(lambda: site.status().round >= 1)
@@ -123,6 +123,31 @@ def test_a_gateway_whose_disk_is_full_makes_devices_wait_and_goes_on_when_there_
     assert status.merged > merged
     assert "disk_full" in {alarm.kind for alarm in status.alarms}
     assert audit(site).models == 2
+
+
+@pytest.mark.faults
+def test_a_finished_job_whose_model_does_not_fit_on_the_disk_ends_when_there_is_room(
+    tmp_path: Path, small_disk: Callable[[Path, int], SmallDisk]
+) -> None:
+    site = chunked_site(tmp_path, ["a"], chunks=12, rounds=1)
+    disk = small_disk(tmp_path / "state", 40)
+
+    def listen(event: DeviceEvent) -> None:
+        if event.kind == "task_done" and device.status().updates_made == 2:
+            device.pause()  # before the evaluation that ends the job
+
+    with ExitStack() as stack:
+        running = stack.enter_context(site.service(reserve_bytes=0))
+        device = stack.enter_context(EdgeDevice.open(site.config("a"), on_event=listen))
+        device.start()
+        until(lambda: (site.status().round, site.status().phase) == (1, "evaluate"))
+        disk.fill(leave=400_000)  # enough for the ledger, too little for the model
+        device.start()
+        until(lambda: site.status().phase == "done" and running.service._blocked)
+        assert not (tmp_path / "state" / "model.safetensors").exists()
+        disk.free()
+        assert running.wait().state == "done"
+    assert audit(site).models == 1
 
 
 @pytest.mark.faults
