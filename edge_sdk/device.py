@@ -42,7 +42,7 @@ from edge_sdk.outbox import Draft, Outbox
 from edge_sdk.runtime import Predictor, RuntimeProfile, StepResult
 from edge_sdk.samples import Ids, SampleStore
 from edge_sdk.tensors import Array, digest, unpack
-from edge_sdk.training import Outcome, TaskCancelled, TaskSpec, hottest_zone, run_task
+from edge_sdk.training import THERMAL_ZONES, Outcome, TaskCancelled, TaskSpec, hottest_zone, run_task
 from edge_sdk.update import Encoding, max_update_bytes
 from edge_sdk.wire import Address, Paused, WireError
 
@@ -101,11 +101,19 @@ class EdgeDevice:
     """One device. Open it with `EdgeDevice.open`; safe to use from several threads.
 
     `on_event` is called with a `DeviceEvent` from a background thread; what it raises is logged and changes nothing.
+    `thermal_zones` is where Linux tells temperatures.
     """
 
-    def __init__(self, config: DeviceConfig, *, on_event: Callable[[DeviceEvent], None] | None = None) -> None:
+    def __init__(
+        self,
+        config: DeviceConfig,
+        *,
+        on_event: Callable[[DeviceEvent], None] | None = None,
+        thermal_zones: Path = THERMAL_ZONES,
+    ) -> None:
         self.config = config
         self.on_event = on_event
+        self._thermal_zones = thermal_zones
         with contextlib.ExitStack() as stack:
             self._lock_file = _lock(config.store)
             stack.callback(os.close, self._lock_file)
@@ -255,7 +263,7 @@ class EdgeDevice:
             updates_dropped=waiting.dropped,
             bytes_up=self._link.bytes_sent,
             bytes_down=self._link.bytes_received,
-            temperature=hottest_zone(),
+            temperature=hottest_zone(self._thermal_zones),
             refused_messages=self._refused,
         )
 
@@ -699,7 +707,7 @@ class EdgeDevice:
             return Paused.USER
         limit = self.config.limits.temperature_celsius
         if limit is not None:
-            hottest = hottest_zone()
+            hottest = hottest_zone(self._thermal_zones)
             if hottest is not None and hottest > limit - (_COOLER if present is Paused.HEAT else 0.0):
                 return Paused.HEAT
         return Paused.NONE
