@@ -339,6 +339,8 @@ class EdgeDevice:
                 self._message(item)
             else:
                 self._perform(item)
+        if undone:
+            self._advance(talk.OutboxChanged(_now(), self._queue()))
 
     def _fire(self) -> None:
         now = _now()
