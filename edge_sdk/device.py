@@ -321,6 +321,8 @@ class EdgeDevice:
                         faults.point("D5")
             case _Look():
                 self._set_timer("look", _LOOK_AGAIN)
+            case _OutboxGrew():
+                self._advance(talk.OutboxChanged(_now(), self._queue()))
             case _:
                 self._advance(event)
 
@@ -345,6 +347,8 @@ class EdgeDevice:
                 self._message(item)
             else:
                 self._perform(item)
+        if undone:
+            self._advance(talk.OutboxChanged(_now(), self._queue()))
 
     def _fire(self) -> None:
         now = _now()
@@ -724,8 +728,11 @@ class EdgeDevice:
             self._cancelled.discard(task.task)
             self._progress = (0, 0)
             if event is not None:
-                self._put(event)
-                self._put(talk.OutboxChanged(_now(), self._queue()))
+                self._report(event)
+
+    def _report(self, event: talk.Event) -> None:
+        self._put(event)
+        self._put(_OutboxGrew(_now()))
 
     def _do(self, task: wire.Task) -> talk.Event | None:
         if self._obstacle(Paused.NONE) is Paused.DISK:
@@ -832,6 +839,11 @@ class EdgeDevice:
 @dataclass(frozen=True)
 class _Look(talk.Event):
     """Look again at what holds training back, after a while."""
+
+
+@dataclass(frozen=True)
+class _OutboxGrew(talk.Event):
+    """Read the outbox, on the thread that deletes from it: what the training thread sees may end before it is told."""
 
 
 class _Courtesy:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from edge_sdk import DeviceEvent, EdgeDevice
+from edge_sdk import conversation as talk
 from edge_sdk.config import DeviceConfig
 from edge_sdk.errors import StorageError, TaskError
 from tests.system.site import Site, until
@@ -161,3 +162,17 @@ def test_a_second_process_on_one_store_is_refused(tmp_path: Path) -> None:
         code = "import sys; from edge_sdk import EdgeDevice; EdgeDevice.open(sys.argv[1])"
         done = subprocess.run([sys.executable, "-c", code, site.config("a")], capture_output=True, text=True)
         assert "another process uses this store" in done.stderr
+
+
+def test_an_update_that_ends_while_the_next_one_is_reported_is_not_offered_for_ever(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["a"])
+    with EdgeDevice.open(site.config("a")) as device:
+        entries = [
+            device._outbox.commit(task=task, number=1, program="p", body=b"x", feedback={}, sign=lambda draft: b"offer")
+            for task in ("aa", "bb")
+        ]
+        device._report(talk.TaskDone(0.0, "bb"))  # from the thread that trains
+        device._outbox.delete(entries[0].upload, "accepted")  # meanwhile, on the thread of the conversation
+        while not device._events.empty():
+            device._handle(device._events.get())
+        assert [head.upload for head in device._state.queue] == [entries[1].upload]
