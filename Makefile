@@ -31,7 +31,9 @@ check: .venv/ready
 
 bench: .venv/ready .venv-device/ready
 	@scripts/install_mosquitto.sh
-	@set -e; for name in $(if $(NAME),$(subst -,_,$(NAME)),$(BENCHMARKS)); do .venv/bin/python -m benchmarks.$$name $(ARGS); done
+	@set -e; for name in $(if $(NAME),$(subst -,_,$(NAME)),$(BENCHMARKS)); do \
+		TORCH="$(TORCH)" .venv/bin/python -m benchmarks.$$name $(ARGS); \
+	done
 
 format: .venv/ready
 	.venv/bin/ruff check --fix .
@@ -63,4 +65,4 @@ format: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-device .venv-oldest .demo
+	rm -rf .venv .venv-device .venv-oldest .venv-flower .demo

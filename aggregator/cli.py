@@ -106,6 +106,8 @@ def _status(args: argparse.Namespace) -> int:
     ]
     heads = ["device", "state", "paused", "outbox", "accepted", "merged", "refused", "up", "down", "seen"]
     _table(heads, rows)
+    for refusal in status.refusals:
+        print(f"refused in round {refusal.round}, {refusal.device}: {refusal.reason}: {refusal.detail}")
     for alarm in status.alarms:
         print(f"ALARM {alarm.kind} {alarm.device or '-'}: {alarm.detail} ({alarm.count} times, {_ago(alarm.last)})")
     return 0

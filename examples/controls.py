@@ -39,12 +39,13 @@ def alone_accuracies(site: Site, options: Options, x: np.ndarray, y: np.ndarray)
 
 def _train_alone(job: tuple[Path, str, Path, Options, np.ndarray, np.ndarray]) -> float:
     bundle_path, program_id, data_path, options, x, y = job
-    with np.load(data_path) as data, tempfile.TemporaryDirectory() as folder, Bundle.open(bundle_path) as bundle:
+    with tempfile.TemporaryDirectory() as folder, Bundle.open(bundle_path) as bundle:
         program = bundle.program(program_id)
         store = SampleStore(Path(folder) / "samples.sqlite", bundle.fields, max_bytes=1 << 28)
-        for name in np.unique(data["recording"]):
-            mine = data["recording"] == name
-            store.add_many(data["x"][mine], data["y"][mine], recording=str(name))
+        for path in sorted(data_path.glob("*.npy")):
+            name, _, label = path.stem.rpartition("_")
+            x_own = np.load(path)
+            store.add_many(x_own, np.full(len(x_own), int(label), np.int64), recording=name)
         ids = store.train_ids(bundle.held_out)  # the same share of its data as in the federation
         draw = np.random.default_rng(options.seed)
         tensors = bundle.initial(program)

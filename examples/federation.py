@@ -45,6 +45,7 @@ START_SECONDS = 30.0
 STOP_SECONDS = 10.0
 LOOK_SECONDS = 0.5
 BASE_INSTALL = ("numpy", "onnxruntime", "paho.mqtt.client", "safetensors", "cryptography")
+SIGNATURES = "cryptography.hazmat.primitives.asymmetric.ed25519"  # all that a device uses of its package
 
 
 class FederationError(EdgewiseError):
@@ -89,7 +90,7 @@ class Site:
             folder / "watch.bundle",
             name="watch",
             loss="cross_entropy",
-            programs=[ProgramSpec("lora", {"rank": options.rank}, batch=options.batch)],
+            programs=[ProgramSpec("lora", {"rank": options.rank, "alpha": options.alpha}, batch=options.batch)],
             classes=datasets.WATCH_CLASSES,
             seed=options.seed,
         )
@@ -107,12 +108,9 @@ class Site:
             key = SigningKey.generate(folder / device / "device.key")
             registry.add(Entry(device, key.verify_key.text))
             mine = [recording for recording in recordings if recording.person == person]
-            np.savez(
-                site.data_of(device),
-                x=np.concatenate([recording.x for recording in mine]),
-                y=np.concatenate([np.full(len(recording.x), recording.label, np.int64) for recording in mine]),
-                recording=np.concatenate([np.full(len(recording.x), recording.name) for recording in mine]),
-            )
+            site.data_of(device).mkdir()
+            for recording in mine:
+                np.save(site.data_of(device) / f"{recording.name}_{recording.label}.npy", recording.x)
         registry.save(folder / "devices.json")
         site.job.write_text(site._job_text(options))
         return site
@@ -123,8 +121,8 @@ class Site:
         return self.folder / "job.toml"
 
     def data_of(self, device: str) -> Path:
-        """What one person's watch recorded."""
-        return self.folder / device / "recordings.npz"
+        """What one person's watch recorded: a file per recording, `<name>_<label>.npy`."""
+        return self.folder / device / "recordings"
 
     def report_of(self, device: str) -> Path:
         """What one device process writes about itself."""
@@ -153,9 +151,9 @@ class Site:
             tensors = bundle.initial(program) if model is None else unpack(model.read_bytes())[0]
             return score(bundle, self.program, tensors, x, y)
 
-    def import_only_rss_mb(self) -> float:
-        """The peak of a process, with the devices' Python, that imports the base install and does nothing."""
-        code = f"import {', '.join(BASE_INSTALL)}; print(open('/proc/self/status').read())"
+    def import_only_rss_mb(self, *modules: str) -> float:
+        """The peak of a process, with the devices' Python, that imports modules and does nothing."""
+        code = f"import {', '.join(modules)}; print(open('/proc/self/status').read())"
         told = subprocess.run([self.device_python, "-c", code], capture_output=True, text=True, check=True).stdout
         return next(int(line.split()[1]) * 1024 / 1e6 for line in told.splitlines() if line.startswith("VmHWM:"))
 
