@@ -34,7 +34,6 @@ from aggregator.blobs import BlobStore
 from aggregator.broker import Broker
 from aggregator.job import Job, check_against
 from aggregator.journal import DiskFullError, Identity, Journal, RoundRecord, Status
-from aggregator.merge import merger_for
 from devices.registry import Registry
 from edge_sdk import faults, wire
 from edge_sdk.bundle import Bundle, Program
@@ -219,7 +218,6 @@ class Service:
         self._program = self._bundle.program(job.program)
         self._key = SigningKey.load(job.keys.control)
         self._registry = Registry.load(job.devices.registry)
-        self._merger = merger_for(job.merge.rule, self._program, self._bundle.tensors, job.merge, job.seed, 1)
         identity = Identity(site=job.site, job=job.job, bundle=self._bundle.digest, program=job.program)
         self._journal = Journal(job.state, identity)
         stack.callback(self._journal.close)
@@ -470,7 +468,9 @@ class Service:
             case intake.Accept(upload, norm, evidence):
                 journal.accept(upload, norm=norm, now=now)
                 if evidence is not None:
-                    journal.add_evidence(upload.start, upload.device, upload.task, *evidence)
+                    # A program of another rank starts from a slice: the evidence is on the model, not on the slice.
+                    model = self._rounds.candidate or self._rounds.model
+                    journal.add_evidence(model, upload.device, upload.task, *evidence)
                 faults.point("A6")
                 log.info("round %d: %s update of %s accepted", upload.round, upload.phase, upload.device)
             case intake.Refuse(device, upload_name, reason, detail):
@@ -563,23 +563,24 @@ class Service:
         return frozenset({self._rounds.model, self._rounds.candidate or self._rounds.model})
 
     def _issue(self, effect: rounds.IssueTasks, out: list[_Outward]) -> None:
-        program = self._phase_program(effect.phase)
-        refactorises = self._merger.refactorises
-        assigned = assign(self._job, program, effect.round, sorted(effect.tasks), refactorises=refactorises)
+        refactorises = self._fold.merger(effect.round).refactorises
         for device, task_id in sorted(effect.tasks.items()):
+            program = self._fold.program(effect.round, effect.phase, device)
+            assigned = assign(self._job, program, effect.round, [device], refactorises=refactorises)
             task = self._task(effect, task_id, program, assigned[device])
             self._retain(self._address.assign(device), self._sign(task, device), effect.deadline, out)
         tasks = dict(effect.tasks)
         self._intake_step(self._issued(effect.round, effect.phase, effect.start, effect.deadline, tasks), out)
 
     def _task(self, effect: rounds.IssueTasks, task_id: str, program: Program, assigned: Assignment) -> wire.Task:
+        start = self._fold.start_of(effect.round, effect.start, program)
         return wire.Task(
             **self._common(),
             task=task_id,
             round=effect.round,
             program=program.id,
-            start=effect.start,
-            start_bytes=self._blobs.size(effect.start) or 0,
+            start=start,
+            start_bytes=self._blobs.size(start) or 0,
             base=self._bundle.base,
             deadline=effect.deadline,
             now=self._clock.now(),
@@ -595,25 +596,19 @@ class Service:
     def _issued(
         self, number: int, phase: rounds.Phase, start: str, deadline: int, tasks: dict[str, str]
     ) -> intake.TasksIssued:
-        largest = max_update_bytes(self._phase_program(phase), self._bundle.tensors)
-        issued = {
-            device: intake.IssuedTask(
+        issued = {}
+        for device, task in tasks.items():
+            program = self._fold.program(number, phase, device)
+            issued[device] = intake.IssuedTask(
                 task=task,
                 round=number,
                 phase=phase.value,
-                start=start,
+                start=self._fold.start_of(number, start, program),
                 base=self._bundle.base,
-                update_bytes=largest,
+                update_bytes=max_update_bytes(program, self._bundle.tensors),
                 deadline=deadline,
             )
-            for device, task in tasks.items()
-        }
         return intake.TasksIssued(self._clock.now(), MappingProxyType(issued))
-
-    def _phase_program(self, phase: rounds.Phase) -> Program:
-        if phase is rounds.Phase.EVALUATE and self._program.evaluate is not None:
-            return self._bundle.program(self._program.evaluate)
-        return self._program
 
     def _retain(self, topic: str, payload: bytes, expires: int | None, out: list[_Outward]) -> None:
         self._journal.publish(topic, payload, expires)
@@ -771,7 +766,9 @@ class Service:
 
     def _job_manifest(self) -> wire.JobManifest:
         limits = self._job.limits
-        programs = [self._program.id] + ([self._program.evaluate] if self._program.evaluate else [])
+        job = self._job
+        trained = [self._bundle.program(p) for p in (job.program, *job.assign.programs.values(), *job.assign.cycle)]
+        programs = list(dict.fromkeys([p.id for p in trained] + [p.evaluate for p in trained if p.evaluate]))
         return wire.JobManifest(
             **self._common(),
             job=self._job.job,
@@ -831,7 +828,8 @@ class Service:
         aside = target.with_suffix(".tmp")
         aside.write_bytes(self._blobs.read(model))
         aside.replace(target)
-        self._blobs.prune({model})
+        moments = self._fold.moments_of(self._rounds.round + 1, model)
+        self._blobs.prune({model} | ({moments} if moments else set()))
         self._finished = True
         self._heard = time.monotonic()
         log.info("the job is done; its model lies in %s", target)

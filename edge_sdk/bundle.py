@@ -50,7 +50,8 @@ GRAPH_LIMIT: Final = 16 << 20  # I13 of the step-graph contract
 ARCHIVE_LIMIT: Final = 4 << 30
 FILES_LIMIT: Final = 4096
 SCOPES: Final = ("lora", "head", "layer", "progressive", "full", "describe", "evaluate", "observe")
-MERGES: Final = ("mean", "lora_a", "lora_b", "moments", "sum", "keep")
+MERGES: Final = ("mean", "lora_a", "lora_b", "side_l", "side_q", "moments", "sum", "keep")
+TENSOR_KINDS: Final = ("p", "n", "c", "a")
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
@@ -60,7 +61,7 @@ _HEX64 = re.compile(r"[0-9a-f]{64}")
 class TensorEntry:
     """One row of the tensor table: a tensor that travels, and how it merges.
 
-    `kind` is the class of its graph name: `p` trained, `n` running statistic, `a` accumulator. `scale` (alpha/r),
+    `kind` is the class of its graph name: `p` trained, `n` running statistic, `c` constant of a round, `a` accumulator. `scale` (alpha/r),
     `rank`, `layer` and `layer_shape` (m, n) are those of a LoRA pair; this table is the only place of the scale.
     """
 
@@ -122,7 +123,11 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Program:
-    """One program of the bundle; the contract of its graphs is `step-graphs.md`, section 2."""
+    """One program of the bundle; the contract of its graphs is `step-graphs.md`, section 2.
+
+    `tensors` are what it trains or accumulates; `constants` come with the start of a task and stay as they are, such as
+    the factor of a LoRA pair that rests in this round.
+    """
 
     id: str
     scope: str
@@ -132,6 +137,7 @@ class Program:
     rank: int
     factors: str
     tensors: tuple[str, ...]
+    constants: tuple[str, ...]
     infer: str | None
     prefix: tuple[GraphVariant, ...]
     step: tuple[GraphVariant, ...]
@@ -150,6 +156,11 @@ class Program:
     def accumulates(self) -> bool:
         """Whether the program only accumulates: no backward pass, no optimizer."""
         return self.scope in ("describe", "evaluate", "observe")
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Every tensor that it trains, accumulates or is given, by table name."""
+        return (*self.tensors, *self.constants)
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -211,10 +222,10 @@ class Bundle:
         return self.directory / name
 
     def initial(self, program: Program) -> dict[str, Array]:
-        """The values that `program` starts from in a new job: its `p` and `n` tensors, by table name."""
+        """The values that `program` starts from in a new job: all that it reads but accumulators, by table name."""
         from safetensors.numpy import load_file
 
-        wanted = [self.tensors[name] for name in program.tensors if self.tensors[name].kind != "a"]
+        wanted = [self.tensors[name] for name in program.reads if self.tensors[name].kind != "a"]
         stored = load_file(self.file(WEIGHTS))
         values = {}
         for entry in wanted:
@@ -373,8 +384,10 @@ class _Reader:
         for row in self._typed(self._content, "tensors", list):
             name = self._typed(row, "name", str)
             merge, kind = self._typed(row, "merge", str), self._typed(row, "kind", str)
-            if merge not in MERGES or kind not in ("p", "n", "a"):
-                raise self._error(f"tensors.{name}", f"{merge}, {kind}", f"a merge of {MERGES} and a kind of p, n, a")
+            if merge not in MERGES or kind not in TENSOR_KINDS:
+                raise self._error(
+                    f"tensors.{name}", f"{merge}, {kind}", f"a merge of {MERGES} and a kind of {TENSOR_KINDS}"
+                )
             layer_shape = row.get("layer_shape")
             table[name] = TensorEntry(
                 name=name,
@@ -394,7 +407,7 @@ class _Reader:
         programs = {}
         for row in self._typed(self._content, "programs", list):
             program = self._program(row)
-            unknown = [name for name in program.tensors if name not in table]
+            unknown = [name for name in program.reads if name not in table]
             if unknown:
                 raise self._error(f"programs.{program.id}.tensors", unknown[0], "a name of the tensor table")
             absent = [name for name in program.graphs if name not in self._content["files"]]
@@ -421,6 +434,7 @@ class _Reader:
             rank=int(row.get("rank", 0)),
             factors=str(row.get("factors", "")),
             tensors=tuple(self._typed(row, "tensors", list)),
+            constants=tuple(row.get("constants", ())),
             infer=row.get("infer"),
             prefix=self._variants(row.get("prefix", [])),
             step=self._variants(self._typed(row, "step", list)),

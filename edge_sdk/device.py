@@ -492,7 +492,7 @@ class EdgeDevice:
 
     def _start_limit(self, program: Program) -> int:
         """The most bytes that starting tensors of a program can have."""
-        entries = [self._bundle.tensors[name] for name in program.tensors]
+        entries = [self._bundle.tensors[name] for name in program.reads]
         return HEADER_LIMIT + 8 + sum(entry.spec.nbytes for entry in entries if entry.kind != "a")
 
     def _blob(self, name: str, size: int) -> talk.Blob | None:
@@ -542,7 +542,7 @@ class EdgeDevice:
     def _program_of(self, tensors: Mapping[str, Array]) -> Program:
         """The program that predicts with these tensors. Raises `TaskError` if none that may serve here does."""
         for program in self._servable:
-            entries = [self._bundle.tensors[name] for name in program.tensors]
+            entries = [self._bundle.tensors[name] for name in program.reads]
             if {entry.name: entry.shape for entry in entries if entry.kind != "a"} == {
                 name: value.shape for name, value in tensors.items()
             }:

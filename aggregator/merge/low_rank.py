@@ -41,3 +41,25 @@ def svd_of_product(x: Float64, y: Float64) -> Svd:
     largest = np.abs(left).argmax(axis=0)
     signs = np.where(left[largest, np.arange(left.shape[1])] < 0, -1.0, 1.0)
     return Svd(left * signs, values, right * signs[:, None])
+
+
+def product_norm(x: Float64, y: Float64) -> float:
+    """The Frobenius norm of `x @ y`, x (m, R), y (R, n), without the m x n matrix where that is smaller."""
+    m, n, inner = x.shape[0], y.shape[1], x.shape[1]
+    if inner * (m + n) > m * n:
+        return float(np.linalg.norm(x @ y))
+    r_x, r_y = (np.asarray(np.linalg.qr(side, mode="r")) for side in (x, y.T))
+    return float(np.linalg.norm(r_x @ r_y.T))
+
+
+def product_dot(b: Float64, a: Float64, x: Float64, y: Float64) -> float:
+    """The inner product of `b @ a` and `x @ y`, all of one (m, n), by way of the factors."""
+    return float(np.sum((b.T @ x) * (a @ y.T)))
+
+
+def compact(x: Float64, y: Float64) -> tuple[Float64, Float64]:
+    """The same product `x @ y` with an inner size of at most min(R, m, n); nothing is lost but rounding."""
+    svd = svd_of_product(x, y)
+    rank = min(svd.left.shape[1], x.shape[1])
+    root = np.sqrt(svd.values[:rank])
+    return svd.left[:, :rank] * root, root[:, None] * svd.right[:rank]
