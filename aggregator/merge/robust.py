@@ -202,7 +202,12 @@ def gram(state: Updates, start: Tensors) -> Float64:
         old = start[name].reshape(-1)
         for first, values in state.blocks(name, GRAM_BLOCK):
             changes = np.subtract(values, old[first : first + values.shape[1]], out=values)
-            total += changes @ changes.T
+            with np.errstate(over="ignore", invalid="ignore"):
+                products = changes @ changes.T
+            if not np.isfinite(products).all():  # a hostile number whose square is beyond float32
+                wide = changes.astype(np.float64)
+                products = wide @ wide.T
+            total += products
     return total
 
 
