@@ -109,7 +109,7 @@ def _geometric_median(gram: Float64, settings: RobustSettings) -> tuple[Float64,
     It lies in the convex hull of the updates, so each step needs the Gram matrix and no update.
     """
     weights = np.full(len(gram), 1.0 / len(gram))
-    floor = 1e-6 * float(np.sqrt(np.trace(gram) / len(gram))) or 1e-12
+    floor = 1e-6 * float(np.median(np.sqrt(np.diag(gram)))) or 1e-12  # the median: a mean would be the attackers'
     for _ in range(_WEISZFELD_STEPS):
         squares = np.diag(gram) - 2 * gram @ weights + weights @ gram @ weights
         inverse = 1.0 / np.maximum(np.sqrt(np.maximum(squares, 0.0)), floor)
