@@ -39,8 +39,8 @@ from edge_sdk.tensors import Array, Tensors
 
 SORT_BLOCK: Final = 4096  # elements of every update while sorting: one client's lane after another in cache
 GRAM_BLOCK: Final = 8192
-_WEISZFELD_STEPS: Final = 100
-_WEISZFELD_TOLERANCE: Final = 1e-9
+_WEISZFELD_STEPS: Final = 200
+_WEISZFELD_TOLERANCE: Final = 1e-9  # of each weight: the weight of a far update falls by a factor a step
 
 Float64 = npt.NDArray[np.float64]
 Choose = Callable[[Float64, RobustSettings], tuple[Float64, dict[str, Any]]]
@@ -114,7 +114,7 @@ def _geometric_median(gram: Float64, settings: RobustSettings) -> tuple[Float64,
         squares = np.diag(gram) - 2 * gram @ weights + weights @ gram @ weights
         inverse = 1.0 / np.maximum(np.sqrt(np.maximum(squares, 0.0)), floor)
         before, weights = weights, inverse / inverse.sum()
-        if np.abs(weights - before).max() < _WEISZFELD_TOLERANCE:
+        if (np.abs(weights - before) <= _WEISZFELD_TOLERANCE * before).all():
             break
     return weights, {"weights": [float(w) for w in weights]}
 
