@@ -66,8 +66,12 @@ def change_norm(tensors: Tensors, start: Tensors, program: Program, table: Mappi
 
 
 def norm_bound(previous: Sequence[float], start: Tensors) -> float:
-    """Ten times the median of the norms merged in the last closed round; before there is one, a thousand times the start's."""
-    if previous:
-        return _TIMES_MEDIAN * float(np.median(previous))
-    norm = float(np.sqrt(sum(float(np.sum(value.astype(np.float64) ** 2)) for value in start.values())))
-    return _FIRST_ROUND * max(1.0, norm)
+    """Ten times the median of the norms merged in the last closed round, but never less than the norm of the model itself.
+
+    Without that floor, devices that have converged shut out every device that still has something to teach: their norms
+    go to zero, and the bound with them. Before a round has been merged: a thousand times the norm of the model.
+    """
+    model = max(1.0, float(np.sqrt(sum(float(np.sum(value.astype(np.float64) ** 2)) for value in start.values()))))
+    if not previous:
+        return _FIRST_ROUND * model
+    return max(_TIMES_MEDIAN * float(np.median(previous)), model)

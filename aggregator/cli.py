@@ -1,6 +1,6 @@
 """`edgewise aggregator run JOB` and `edgewise job status|rounds|keys JOB`.
 
-Exit codes: 0 the job is done (or the question answered); 3 the job file, bundle or registry is wrong; 4 a
+Exit codes: 0 the job is done (or the question answered); 2 wrong arguments; 3 the job file, bundle or registry is wrong; 4 a
 broker, disk space or the journal's lock is missing; 130 stopped by a signal before the end (run again to go
 on).
 """
@@ -32,6 +32,12 @@ def register_aggregator(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="take the embedded broker where mosquitto is missing (it forgets everything)",
     )
+    run.add_argument(
+        "--broker",
+        choices=("auto", "mosquitto", "iotcore"),
+        default="auto",
+        help="which broker to run where the job names none (default: mosquitto; iotcore needs --demo)",
+    )
     run.set_defaults(run=_run)
 
 
@@ -57,8 +63,11 @@ def _run(args: argparse.Namespace) -> int:
     from aggregator.job import load_job
     from aggregator.service import Service
 
+    if args.broker == "iotcore" and not args.demo:
+        print("edgewise: --broker iotcore needs --demo: the embedded broker forgets everything", file=sys.stderr)
+        return 2
     display = Display(sys.stderr)
-    service = Service(load_job(args.job), demo=args.demo, on_progress=display.show)
+    service = Service(load_job(args.job), demo=args.demo, on_progress=display.show, broker_kind=args.broker)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: service.stop())
     status = service.run()
@@ -77,6 +86,7 @@ def _status(args: argparse.Namespace) -> int:
         return 0
     print(_headline(status))
     print(f"model {status.model or '-'}")
+    print(f"broker: {status.broker or '-'}")
     fates = _counts({"merged": status.merged, "pending": status.pending, **status.set_aside})
     print(f"updates: {status.accepted} accepted ({fates}); refused: {_counts(status.refused)}")
     rows = [

@@ -142,7 +142,7 @@ KEYS: tuple[Key, ...] = (
         "limits.norm",
         float,
         0.0,
-        "The largest norm of a change; 0: ten times the last round's median.",
+        "The largest norm of a change; 0: ten times the last round's median, or the model's own norm if that is more.",
         **_NOT_NEGATIVE,
     ),
     Key("limits.open_uploads", int, 32, "Uploads at the same time.", **_POSITIVE),

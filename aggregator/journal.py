@@ -172,6 +172,7 @@ class Status:
     rounds: int
     phase: str
     phase_deadline: int | None  # gateway ms
+    broker: str  # where the service has its broker, "" before the first start
     assigned: int
     answered: int
     declined: int
@@ -664,6 +665,7 @@ def read_status(job: Job) -> Status:
         rounds=job.rounds,
         phase="wait",
         phase_deadline=None,
+        broker="",
         assigned=0,
         answered=0,
         declined=0,
@@ -730,6 +732,7 @@ def _status(db: sqlite3.Connection, rounds: int, *, running: bool) -> Status:
         rounds=rounds,
         phase=state["phase"] if state else "wait",
         phase_deadline=state["phase_deadline"] if state and state["phase"] in ("train", "evaluate") else None,
+        broker=meta.get("broker", ""),
         assigned=len(answers),
         answered=answers.count("answered"),
         declined=answers.count("declined"),

@@ -190,7 +190,8 @@ class Service:
             self._broker = Broker(job.state / "broker", job.broker, demo=self._demo, kind=self._broker_kind)
             url = self._broker.start()
             stack.callback(self._broker.stop)
-            log.info("%s", self._broker.description)
+            with self._journal.transaction():
+                self._journal.set_meta("broker", self._broker.description)
             self._link = Link(url, INGEST, on_event=self._inbox.put, manual_ack=True, session_expiry=SESSION_EXPIRY)
             stack.callback(self._link.close)
             self._resume()

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from edge_sdk.device import DeviceEvent, DeviceStatus, EdgeDevice
     from edge_sdk.errors import EdgewiseError
 
-__all__ = ["Bundle", "DeviceEvent", "DeviceStatus", "EdgeDevice", "EdgewiseError"]
+__version__ = "0.1.0"
+__all__ = ["Bundle", "DeviceEvent", "DeviceStatus", "EdgeDevice", "EdgewiseError", "__version__"]
 
 _HOMES = {
     "Bundle": "edge_sdk.bundle",

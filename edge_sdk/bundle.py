@@ -33,10 +33,10 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from edge_sdk.errors import BundleError
-from edge_sdk.fields import FieldSpec
+from edge_sdk.errors import BundleError, SignatureError
+from edge_sdk.fields import TARGET, FieldSpec
 from edge_sdk.keys import VerifyKey
-from edge_sdk.tensors import Array, TensorSpec, digest, pack
+from edge_sdk.tensors import HEADER_LIMIT, Array, Tensors, TensorSpec, digest, pack
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,8 @@ MANIFEST_LIMIT: Final = 4 << 20
 GRAPH_LIMIT: Final = 16 << 20  # I13 of the step-graph contract
 ARCHIVE_LIMIT: Final = 4 << 30
 FILES_LIMIT: Final = 4096
-SCOPES: Final = ("lora", "head", "layer", "progressive", "full", "describe", "evaluate", "observe")
+ACCUMULATING: Final = ("describe", "evaluate", "observe")
+SCOPES: Final = ("lora", "head", "layer", "progressive", "full", *ACCUMULATING)
 MERGES: Final = ("mean", "lora_a", "lora_b", "side_l", "side_q", "moments", "sum", "keep")
 TENSOR_KINDS: Final = ("p", "n", "c", "a")
 
@@ -155,7 +156,7 @@ class Program:
     @property
     def accumulates(self) -> bool:
         """Whether the program only accumulates: no backward pass, no optimizer."""
-        return self.scope in ("describe", "evaluate", "observe")
+        return self.scope in ACCUMULATING
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -170,19 +171,26 @@ class Program:
 
 
 class Bundle:
-    """An opened, verified bundle. Close it when its graphs are no longer needed."""
+    """An opened, verified bundle. Close it when its graphs are no longer needed.
 
-    def __init__(self, path: Path, directory: Path, manifest: bytes, *, temporary: bool) -> None:
+    `signed` says that it carries a signature, not whose: only `open` with a release key tells that. `files` maps the
+    name of every file but manifest and signature to its bytes.
+    """
+
+    def __init__(self, path: Path, directory: Path, manifest: bytes, *, signed: bool, temporary: bool) -> None:
         content = _parse(manifest, path)
         reader = _Reader(content, path)
         self.path = path
         self.directory = directory
         self.digest = digest(manifest)
+        self.signed = signed
+        self.files: Mapping[str, int] = {name: row["bytes"] for name, row in content["files"].items()}
         self.name = reader.text("name")
         self.base = reader.hex64("base")
         self.table_digest = reader.hex64("table")
         self.report: Mapping[str, Any] = content.get("report", {})
-        self.held_out, self.fields, self.classes = reader.held_out(), reader.fields(), reader.classes()
+        self.held_out, self.fields = reader.held_out(), reader.fields()
+        self.classes = reader.classes(self.fields)
         self.tensors: Mapping[str, TensorEntry] = reader.tensors()
         self.programs: Mapping[str, Program] = reader.programs(self.tensors)
         self._temporary = temporary
@@ -193,20 +201,21 @@ class Bundle:
 
         `path` is the archive, or a folder that holds an unpacked one. The files go to `unpack_to/<digest>` and stay
         there, or to a temporary folder that `close` removes. With a release key the signature must be good. Raises
-        `BundleError` naming file, finding and remedy.
+        `BundleError` naming file, finding and remedy; `SignatureError` where the signature is the finding.
         """
         path = Path(path)
         if path.is_dir():
             manifest = _read_file(path / MANIFEST, MANIFEST_LIMIT)
-            _check_signature(path, manifest, _optional(path / SIGNATURE), release_key)
+            signature = _optional(path / SIGNATURE)
+            _check_signature(path, manifest, signature, release_key)
             _verify_folder(path, manifest, path)
-            return cls(path, path, manifest, temporary=False)
+            return cls(path, path, manifest, signed=signature is not None, temporary=False)
         with _Archive(path) as archive:
             manifest = archive.read(MANIFEST, MANIFEST_LIMIT)
             signature = archive.read(SIGNATURE, 256) if SIGNATURE in archive.sizes else None
             _check_signature(path, manifest, signature, release_key)
             directory = _unpack(archive, manifest, signature, unpack_to)
-        return cls(path, directory, manifest, temporary=unpack_to is None)
+        return cls(path, directory, manifest, signed=signature is not None, temporary=unpack_to is None)
 
     def program(self, program_id: str) -> Program:
         """The program of that id. Raises `BundleError` listing the ids that exist."""
@@ -217,6 +226,24 @@ class Bundle:
                 f"{self.path}: has no program {program_id!r}; it has {', '.join(sorted(self.programs))}"
             ) from None
 
+    def predicting_with(self, tensors: Tensors) -> tuple[Program, ...]:
+        """The programs that predict from exactly these tensors (table name, dtype, shape), in the manifest's order."""
+        given = {name: (value.dtype.name, value.shape) for name, value in tensors.items()}
+        return tuple(
+            program
+            for program in self.programs.values()
+            if program.infer is not None
+            and given == {entry.name: (entry.dtype, entry.shape) for entry in self.starting(program)}
+        )
+
+    def starting(self, program: Program) -> tuple[TensorEntry, ...]:
+        """The tensors that `program` starts from: all that it reads but its accumulators."""
+        return tuple(entry for name in program.reads if (entry := self.tensors[name]).kind != "a")
+
+    def start_limit(self, program: Program) -> int:
+        """The most bytes that a file of its starting tensors can have."""
+        return HEADER_LIMIT + 8 + sum(entry.spec.nbytes for entry in self.starting(program))
+
     def file(self, name: str) -> Path:
         """Where a verified file of the bundle lies."""
         return self.directory / name
@@ -225,10 +252,9 @@ class Bundle:
         """The values that `program` starts from in a new job: all that it reads but accumulators, by table name."""
         from safetensors.numpy import load_file
 
-        wanted = [self.tensors[name] for name in program.reads if self.tensors[name].kind != "a"]
         stored = load_file(self.file(WEIGHTS))
         values = {}
-        for entry in wanted:
+        for entry in self.starting(program):
             value = stored.get(entry.initial or "")
             if value is None or value.shape != entry.shape or value.dtype.name != entry.dtype:
                 found = "nothing" if value is None else f"{value.dtype} {list(value.shape)}"
@@ -356,9 +382,14 @@ class _Reader:
             raise self._error(key, value, "64 hexadecimal digits")
         return value
 
-    def classes(self) -> tuple[str, ...] | None:
-        value = self._content.get("classes")
-        return None if value is None else tuple(str(label) for label in value)
+    def classes(self, fields: tuple[FieldSpec, ...]) -> tuple[str, ...] | None:
+        if self._content.get("classes") is None:
+            return None
+        names = tuple(str(label) for label in self._typed(self._content, "classes", list))
+        for entry in fields:
+            if entry.name == TARGET and entry.classes != len(names):
+                raise self._error("classes", list(names), f"{entry.classes} names, as {TARGET} has classes")
+        return names
 
     def held_out(self) -> HeldOut:
         content = self._content.get("held_out", {})
@@ -508,13 +539,15 @@ def _check_signature(path: Path, manifest: bytes, signature: bytes | None, key: 
         log.info("%s: no release key is pinned here; only digests are checked", path)
         return
     if signature is None:
-        raise BundleError(f"{path}: is not signed, and this device opens only bundles signed by its release key")
+        raise SignatureError(
+            f"{path}: is not signed, and only bundles signed by the pinned release key are opened here"
+        )
     try:
         raw = base64.b64decode(signature, validate=True)
     except (ValueError, binascii.Error):
         raw = b""
     if len(raw) != 64 or not key.verify(raw, SIGNED_PREFIX + manifest):
-        raise BundleError(f"{path}: the signature is not one of the pinned release key ({key.text[:12]}...)")
+        raise SignatureError(f"{path}: the signature is not one of the pinned release key ({key.text[:12]}...)")
 
 
 def _unpack(archive: _Archive, manifest: bytes, signature: bytes | None, unpack_to: Path | None) -> Path:

@@ -1,7 +1,8 @@
 """The `edgewise` command: finds its subcommands by entry point, so that the ground floor imports nothing above it.
 
 A subcommand is an entry point of the group `edgewise.commands`: a function `register(parser)` that adds arguments
-and sets `run` (a function of the parsed arguments that returns the exit code). Only the subcommand that was asked
+and sets `run` (a function of the parsed arguments that returns the exit code), or sets `forward` (a function of the
+arguments as they came, where another program reads them). Only the subcommand that was asked
 for is imported, so `edgewise job` works where the exporter's packages are not installed.
 """
 
@@ -62,6 +63,9 @@ def _run(point: EntryPoint, rest: Sequence[str]) -> int:
         return 4
     parser = argparse.ArgumentParser(prog=f"edgewise {point.name}")
     register(parser)
+    forward = parser.get_default("forward")
+    if forward is not None:
+        return int(forward(list(rest)))
     args = parser.parse_args(rest)
     run = getattr(args, "run", None)
     if run is None:

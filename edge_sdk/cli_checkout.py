@@ -12,20 +12,20 @@ from edge_sdk.errors import MissingDependency
 
 
 def register_demo(parser: argparse.ArgumentParser) -> None:
-    """`edgewise demo [...]`: all arguments go to `examples/demo.py`."""
-    _pass_on(parser, "the arguments of the demo; see `edgewise demo -- --help`")
-    parser.set_defaults(run=lambda args: _run_module("examples.demo", args.rest))
+    """`edgewise demo [...]`: all arguments, `--help` too, go to `examples/demo.py`."""
+    parser.set_defaults(forward=lambda arguments: _run_module("examples.demo", arguments))
 
 
 def register_bench(parser: argparse.ArgumentParser) -> None:
     """`edgewise bench NAME [...]` is `python -m benchmarks.NAME`; a hyphen in the name stands for an underscore."""
-    parser.add_argument("name", help="which benchmark, for instance watch or footprint")
-    _pass_on(parser, "the arguments of the benchmark, for instance --json FILE")
-    parser.set_defaults(run=lambda args: _run_module(f"benchmarks.{args.name.replace('-', '_')}", args.rest))
+    parser.set_defaults(forward=_bench)
 
 
-def _pass_on(parser: argparse.ArgumentParser, meaning: str) -> None:
-    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help=meaning)
+def _bench(arguments: list[str]) -> int:
+    if not arguments or arguments[0].startswith("-"):
+        print("usage: edgewise bench NAME [the benchmark's own arguments, such as --json FILE]")
+        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+    return _run_module(f"benchmarks.{arguments[0].replace('-', '_')}", arguments[1:])
 
 
 def _run_module(module: str, arguments: list[str]) -> int:
@@ -35,13 +35,12 @@ def _run_module(module: str, arguments: list[str]) -> int:
             f"{module} is part of the source checkout and not of the installed package: "
             "clone the repository and run the command there"
         )
-    passed = [argument for argument in arguments if argument != "--"]
     # The child stands in for us, so that an interrupt reaches it directly and its exit code is ours.
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(checkout), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
     }
     if sys.platform == "win32":
-        return subprocess.run([sys.executable, "-m", module, *passed], env=environment, check=False).returncode
-    os.execve(sys.executable, [sys.executable, "-m", module, *passed], environment)
+        return subprocess.run([sys.executable, "-m", module, *arguments], env=environment, check=False).returncode
+    os.execve(sys.executable, [sys.executable, "-m", module, *arguments], environment)
     return None

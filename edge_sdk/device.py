@@ -24,15 +24,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
 import numpy as np
 
+from edge_sdk import __version__, faults, wire
 from edge_sdk import conversation as talk
-from edge_sdk import faults, wire
 from edge_sdk.bundle import Bundle, Program
 from edge_sdk.config import DeviceConfig
 from edge_sdk.downloads import Downloads
@@ -42,7 +41,7 @@ from edge_sdk.link import Link, LinkDown, LinkEvent, LinkUp, Message, Sent, Will
 from edge_sdk.outbox import Draft, Outbox
 from edge_sdk.runtime import Predictor, RuntimeProfile, StepResult
 from edge_sdk.samples import Ids, SampleStore
-from edge_sdk.tensors import HEADER_LIMIT, Array, digest, unpack
+from edge_sdk.tensors import Array, digest, unpack
 from edge_sdk.training import Outcome, TaskCancelled, TaskSpec, hottest_zone, run_task
 from edge_sdk.update import Encoding, max_update_bytes
 from edge_sdk.wire import Address, Paused, WireError
@@ -449,7 +448,7 @@ class EdgeDevice:
     def _round(self, manifest: wire.RoundManifest) -> None:
         model = None
         # A larger one belongs to a program that does not predict here.
-        fits = 0 < manifest.model_bytes <= max(self._start_limit(program) for program in self._servable)
+        fits = 0 < manifest.model_bytes <= max(self._bundle.start_limit(program) for program in self._servable)
         if manifest.model is not None and fits and manifest.round >= self._state.round:
             self._serve = manifest.model
             if manifest.model != self._model:
@@ -477,7 +476,7 @@ class EdgeDevice:
             return f"unknown_program: {task.program}"[:64]
         if task.constants or program.prefix:
             return "unsupported: this version cannot run the task"
-        if not 0 < task.start_bytes <= self._start_limit(program):
+        if not 0 < task.start_bytes <= self._bundle.start_limit(program):
             return f"bad_start: {task.start_bytes} bytes"
         try:
             Encoding.from_map(task.encoding)
@@ -489,11 +488,6 @@ class EdgeDevice:
             if limits is None or not limits.minimum <= value <= limits.maximum:
                 return f"bad_hyper: {name} = {value:g}"[:64]
         return None
-
-    def _start_limit(self, program: Program) -> int:
-        """The most bytes that starting tensors of a program can have."""
-        entries = [self._bundle.tensors[name] for name in program.reads]
-        return HEADER_LIMIT + 8 + sum(entry.spec.nbytes for entry in entries if entry.kind != "a")
 
     def _blob(self, name: str, size: int) -> talk.Blob | None:
         """What is missing of a blob, None if nothing is. Initial tensors are made here rather than fetched."""
@@ -541,11 +535,8 @@ class EdgeDevice:
 
     def _program_of(self, tensors: Mapping[str, Array]) -> Program:
         """The program that predicts with these tensors. Raises `TaskError` if none that may serve here does."""
-        for program in self._servable:
-            entries = [self._bundle.tensors[name] for name in program.reads]
-            if {entry.name: entry.shape for entry in entries if entry.kind != "a"} == {
-                name: value.shape for name, value in tensors.items()
-            }:
+        for program in self._bundle.predicting_with(tensors):
+            if program in self._servable:
                 return program
         raise TaskError("these tensors belong to no program that predicts here")
 
@@ -606,7 +597,7 @@ class EdgeDevice:
                 state=state,
                 connection=held.connection,
                 outbox_id=self._outbox.outbox_id,
-                sdk=_sdk_version(),
+                sdk=__version__,
                 bundle=self._bundle.digest,
                 caps=wire.Caps(cores=os.cpu_count() or 0, ram=_memory(), precisions=self._precisions()),
                 outbox=wire.OutboxSummary(
@@ -865,13 +856,6 @@ def _servable(bundle: Bundle, wanted: str | None) -> tuple[Program, ...]:
     if not found:
         raise BundleError(f"{bundle.path}: no program can predict")
     return found
-
-
-def _sdk_version() -> str:
-    try:
-        return version("edgewise")
-    except PackageNotFoundError:
-        return ""
 
 
 def _memory() -> int:

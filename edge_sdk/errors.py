@@ -23,6 +23,12 @@ class BundleError(EdgewiseError):
     """A bundle cannot be opened or trusted."""
 
 
+class SignatureError(BundleError):
+    """A bundle is not signed by the release key that the reader pins."""
+
+    exit_code = 5
+
+
 class SampleError(EdgewiseError):
     """A sample does not fit the bundle's declared inputs, or holds numbers that are not finite."""
 
@@ -68,9 +74,3 @@ class MissingDependency(EdgewiseError):
     """An optional package or program is not installed."""
 
     exit_code = 4
-
-
-class RefusedError(EdgewiseError):
-    """A check of ours refused a result: a signature, a gradient proof."""
-
-    exit_code = 5

@@ -6,6 +6,7 @@ the session's own inputs and outputs. Nothing here knows a method or a scope.
 
 from __future__ import annotations
 
+import ctypes
 import re
 import time
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ import numpy as np
 import onnxruntime
 
 from edge_sdk.bundle import Bundle, Program
+from edge_sdk.draws import Draws
 from edge_sdk.errors import BundleError, SampleError, TaskError
 from edge_sdk.fields import INPUT, WEIGHT, FieldSpec, check_batch
 from edge_sdk.tensors import Array, Tensors
@@ -39,7 +41,7 @@ class RuntimeProfile:
 
     threads: int = 1
     arena: bool = True
-    memory_pattern: bool = True
+    memory_pattern: bool = False
     prepacking: bool = True
 
 
@@ -137,9 +139,8 @@ class Stepper:
             )
         self._bundle, self._program = bundle, program
         self._fields = {field.name: field for field in bundle.fields}
-        self._draw = np.random.Generator(np.random.Philox(key=seed))
-        total = sum(variant.weight for variant in program.step)
-        self._odds = [variant.weight / total for variant in program.step]
+        self._draws = Draws(seed, "variant")
+        self._odds = [variant.weight for variant in program.step]
         sessions = [open_session(bundle.file(variant.file), profile or RuntimeProfile()) for variant in program.step]
         inputs = {value.name: value for value in sessions[0].get_inputs()}
         self._check_signatures(sessions)
@@ -183,7 +184,7 @@ class Stepper:
         data = self._checked(batch)
         count = len(next(iter(data.values())))
         self._set_hyper(hyper or {})
-        variant = 0 if len(self._odds) == 1 else int(self._draw.choice(len(self._odds), p=self._odds))
+        variant = 0 if len(self._odds) == 1 else self._draws.choice(self._odds)
         binding = self._bindings[variant][self._side]
         for name, values in data.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(values))
@@ -219,6 +220,7 @@ class Stepper:
         """Let the sessions and their memory go."""
         self._bindings.clear()
         self._sessions.clear()
+        _give_back()
 
     def _is_state(self, name: str) -> bool:
         match = _STATE.fullmatch(name)
@@ -336,6 +338,13 @@ class Stepper:
         return BundleError(
             f"{self._bundle.path}: the graphs of program {self._program.id!r} do not fit their contract: {finding}"
         )
+
+
+def _give_back() -> None:
+    """Return freed memory to the system: glibc keeps what a closed session used, in pieces, for the next one."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none and need none
+    if trim is not None:
+        trim(0)
 
 
 def _shared(value: Array) -> onnxruntime.OrtValue:

@@ -55,6 +55,7 @@ class SampleStore:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
+            self._db.execute("PRAGMA cache_size=-256")  # KiB; rows are read once, the system caches the file
             self._prepare()
         except (sqlite3.Error, OSError) as error:
             raise StorageError(f"{path}: the sample store cannot be opened ({error})") from error

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_sdk.bundle import Bundle, Program
+from edge_sdk.draws import Draws
 from edge_sdk.errors import TaskError
 from edge_sdk.runtime import RuntimeProfile, Stepper, StepResult
 from edge_sdk.samples import Ids, SampleStore
@@ -134,15 +135,15 @@ def _eligible(bundle: Bundle, program: Program, samples: SampleStore) -> Ids:
 def _batches(ids: Ids, program: Program, spec: TaskSpec) -> tuple[Iterator[Ids], int]:
     """Batches of sample ids, and how many there are."""
     size = min(spec.batch_size, len(ids))
-    draw = np.random.Generator(np.random.Philox(key=spec.seed))
+    draws = Draws(spec.seed, "order")
     if program.accumulates:  # every sample once; the order does not matter
         passes = max(1, spec.epochs)
         return (part for _ in range(passes) for part in _split(ids, size, program)), passes * -(-len(ids) // size)
     if spec.steps:
-        return _endless(ids, size, spec.steps, draw), spec.steps
+        return _endless(ids, size, spec.steps, draws), spec.steps
     count = len(_split(ids, size, program))
     return (
-        part for _ in range(spec.epochs) for part in _split(draw.permutation(ids), size, program)
+        part for _ in range(spec.epochs) for part in _split(draws.permutation(ids), size, program)
     ), spec.epochs * count
 
 
@@ -152,12 +153,12 @@ def _split(ids: Ids, size: int, program: Program) -> list[Ids]:
     return parts[:-1] if whole and len(parts) > 1 and len(parts[-1]) < size else parts
 
 
-def _endless(ids: Ids, size: int, steps: int, draw: np.random.Generator) -> Iterator[Ids]:
+def _endless(ids: Ids, size: int, steps: int, draws: Draws) -> Iterator[Ids]:
     """`steps` batches from one shuffled pass after another, without a short batch in between."""
-    order = draw.permutation(ids)
+    order = draws.permutation(ids)
     for _ in range(steps):
         if len(order) < size:
-            order = np.concatenate([order, draw.permutation(ids)])
+            order = np.concatenate([order, draws.permutation(ids)])
         yield order[:size]
         order = order[size:]
 

@@ -22,6 +22,7 @@ from typing import Final
 import numpy as np
 
 from edge_sdk.bundle import Program, TensorEntry
+from edge_sdk.draws import Draws
 from edge_sdk.errors import TaskError, TensorsError, UpdateError
 from edge_sdk.tensors import HEADER_LIMIT, Array, Tensors, pack, unpack
 
@@ -76,7 +77,7 @@ def encode_update(
     `start` and `trained` hold float32 tensors by table name, `feedback` the residuals of the last update (may be empty).
     The rounding is drawn from `seed`, so a repeated task gives the same bytes.
     """
-    draw = np.random.Generator(np.random.Philox(key=seed))
+    draws = Draws(seed, "rounding")
     tensors: dict[str, Array] = {}
     residuals: dict[str, Array] = {}
     for name in _travelling(program, table):
@@ -89,7 +90,7 @@ def encode_update(
             continue
         if encoding.feedback == "keep" and name in feedback:
             delta = delta + feedback[name]
-        codes, scales = _quantize(delta, draw)
+        codes, scales = _quantize(delta, draws)
         tensors[name], tensors[name + _SCALE] = codes, scales
         if encoding.feedback == "keep":
             residuals[name] = delta - _dequantize(codes, scales)
@@ -156,12 +157,12 @@ def _travelling(program: Program, table: Mapping[str, TensorEntry]) -> list[str]
     return [name for name in program.tensors if table[name].kind in kinds]
 
 
-def _quantize(delta: Array, draw: np.random.Generator) -> tuple[Array, Array]:
+def _quantize(delta: Array, draws: Draws) -> tuple[Array, Array]:
     """int8 codes in the shape of `delta` and float32 scales `[rows]`."""
     flat = delta.reshape(_rows(delta.shape), -1).astype(np.float32)
     scales = (np.abs(flat).max(axis=1) / _LEVELS).astype(np.float32)
     steps = np.divide(flat, scales[:, None], out=np.zeros_like(flat), where=scales[:, None] > 0)
-    codes = np.floor(steps + draw.random(flat.shape, np.float32)).clip(-_LEVELS, _LEVELS).astype(np.int8)
+    codes = np.floor(steps + draws.uniform(flat.shape)).clip(-_LEVELS, _LEVELS).astype(np.int8)
     return codes.reshape(delta.shape), scales
 
 

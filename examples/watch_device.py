@@ -1,6 +1,6 @@
 """The watch of one person as an Edgewise device: records its windows, then trains and serves until it is told to stop.
 
-Runs with the base install only: `python watch_device.py device.toml --data person.npz --report report.json`.
+Runs with the base install only: `python watch_device.py device.toml --data recordings/ --report report.json`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edge_sdk import EdgeDevice
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", type=Path, help="device.toml")
-    parser.add_argument("--data", type=Path, required=True, help=".npz with x, y and recording, in order of time")
+    parser.add_argument("--data", type=Path, required=True, help="folder of recordings, <name>_<label>.npy")
     parser.add_argument("--report", type=Path, required=True, help="where this process writes what it used")
     args = parser.parse_args()
     stop = threading.Event()
@@ -37,14 +37,13 @@ def main() -> int:
     return 0
 
 
-def record_everything(device: EdgeDevice, path: Path) -> None:
+def record_everything(device: EdgeDevice, folder: Path) -> None:
     """Feed the person's recordings, once: after a restart they are in the device's own store already."""
-    with np.load(path) as data:
-        x, y, recording = data["x"], data["y"], data["recording"]
-    for name in np.unique(recording):
-        mine = recording == name
-        if not device.has_recording(str(name)):
-            device.record_many(x[mine], y[mine], recording=str(name))
+    for path in sorted(folder.glob("*.npy")):
+        name, _, label = path.stem.rpartition("_")
+        if not device.has_recording(name):
+            x = np.load(path)
+            device.record_many(x, np.full(len(x), int(label), np.int64), recording=name)
 
 
 def write_report(path: Path, device: EdgeDevice) -> None:

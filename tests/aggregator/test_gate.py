@@ -105,3 +105,8 @@ def test_an_update_from_another_start_is_refused(bundle: Bundle) -> None:
 
 def test_later_rounds_are_bounded_by_the_median_of_the_last() -> None:
     assert norm_bound([1.0, 2.0, 300.0], {}) == 20.0
+
+
+def test_devices_that_have_converged_do_not_shut_out_one_that_still_learns() -> None:
+    model = {"weight": np.full((3, 12), 0.5, np.float32)}
+    assert norm_bound([1e-4, 2e-4, 3e-4], model) == 3.0

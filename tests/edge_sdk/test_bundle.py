@@ -130,3 +130,9 @@ def test_what_is_signed_is_the_manifest_under_its_own_prefix(tmp_path: Path) -> 
         signature, manifest = base64.b64decode(archive.read("manifest.sig")), archive.read("manifest.json")
     assert release.verify_key.verify(signature, SIGNED_PREFIX + manifest)
     assert json.loads(manifest)["format"] == 1
+
+
+def test_class_names_must_be_as_many_as_there_are_classes(tmp_path: Path) -> None:
+    path = tiny_bundle(tmp_path / "tiny.bundle", classes=["left", "right"])
+    with pytest.raises(BundleError, match=r"classes in manifest\.json .* expected 3 names, as d\.y has classes"):
+        Bundle.open(path)

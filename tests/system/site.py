@@ -54,7 +54,8 @@ class Site:
                 opened.record_many(x, y, recording="all")
         registry.save(folder / "devices.json")
         self.job = folder / "job.toml"
-        self.write_job(job or {}, own_broker=broker is None)
+        self._settings, self._own_broker = dict(job or {}), broker is None
+        self.write_job(self._settings)
 
     def _write_device(self, device: str, limits: dict[str, Any]) -> None:
         values = {
@@ -75,7 +76,12 @@ class Site:
     def config(self, device: str) -> Path:
         return self.folder / device / "device.toml"
 
-    def write_job(self, changes: dict[str, Any], *, own_broker: bool = True) -> None:
+    def change_job(self, **changes: Any) -> None:
+        """Write the job file again with these keys changed, and all others as before."""
+        self._settings |= changes
+        self.write_job(self._settings)
+
+    def write_job(self, changes: dict[str, Any]) -> None:
         values: dict[str, Any] = {
             "site": "test",
             "job": "tiny",
@@ -91,7 +97,7 @@ class Site:
             "task.batch_size": 8,
             "task.learning_rate": 0.1,
             "merge.rule": "mean",
-            **({"broker.port": self.port} if own_broker else {"broker.url": self.broker}),
+            **({"broker.port": self.port} if self._own_broker else {"broker.url": self.broker}),
             **changes,
         }
         top = [f"{k} = {toml(v)}" for k, v in values.items() if "." not in k]

@@ -54,7 +54,8 @@ def merged(rule: Rule, rows: list[Contribution], **robust: Any) -> MergeResult:
 
 def error(result: MergeResult) -> float:
     """Root mean square distance of every coordinate from 1, what the honest devices agree on."""
-    return float(np.sqrt(np.mean([np.mean((v.astype(np.float64) - 1) ** 2) for v in result.tensors.values()])))
+    flat = np.concatenate([v.reshape(-1) for v in result.tensors.values()])
+    return float(np.sqrt(np.mean((flat.astype(np.float64) - 1) ** 2)))
 
 
 @pytest.mark.parametrize("rule", ROBUST, ids=lambda rule: rule.name)
