@@ -34,7 +34,7 @@ from typing import Any, Final
 import numpy as np
 
 from aggregator.merge import Contribution, MergeError, MergeResult, Plan, State, cut_by_name
-from aggregator.merge.low_rank import Float64, Svd, product_dot, product_norm, svd_of_product
+from aggregator.merge.low_rank import Float64, Svd, inner_products, product_norm, svd_of_product
 from aggregator.merge.mean import trained_names
 from aggregator.merge.sums import Sums
 from aggregator.merge.updates import Updates
@@ -144,11 +144,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class Merged:
-    """The new pair, `b` (m, r) without the scale and `a` (r, n), float64, and what goes into the side term."""
+    """The new pair, `b` (m, r) without the scale and `a` (r, n), float64, and what goes into the side term.
+
+    `norm` and `error` of wanted and missed, where the rule has them from its own arithmetic.
+    """
 
     b: Float64
     a: Float64
     base_delta: Target | None = None
+    norm: float | None = None
+    error: float | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -158,13 +163,14 @@ LayerRule = Callable[[Layer, Plan], Merged]
 def _product_svd(layer: Layer, plan: Plan) -> Merged:
     """`U S V^T = SVD(wanted)`, cut at the rank; the tail is dropped, or goes into the side term."""
     settings, pair = plan.settings.lora, layer.pair
-    svd = svd_of_product(layer.wanted.x, layer.wanted.y)
+    to_base = settings.residual == "base"
+    svd = svd_of_product(layer.wanted.x, layer.wanted.y, None if to_base else pair.rank)
     rank = _kept(svd.values, settings.rank or pair.rank, settings.energy, pair.rank)
     b, a = _refactorised(layer, svd, rank, settings.balance)
-    tail = None
-    if settings.residual == "base":
-        tail = Target(svd.left[:, rank:] * svd.values[rank:], svd.right[rank:])
-    return Merged(b, a, tail, {"rank": rank, **_spectrum(svd.values, layer)})
+    facts = {"rank": rank, **_spectrum(svd.values, layer)}
+    if to_base:
+        return Merged(b, a, Target(svd.left[:, rank:] * svd.values[rank:], svd.right[rank:]), facts=facts)
+    return Merged(b, a, norm=svd.tail(0), error=svd.tail(rank), facts=facts)
 
 
 def _factor_mean(layer: Layer, plan: Plan) -> Merged:  # noqa: ARG001
@@ -430,11 +436,13 @@ class LoraMerger:
     def _report(self, layer: Layer, result: Merged) -> tuple[dict[str, Any], tuple[float, float, float]]:
         """What was wanted, what is sent, and how far off the mean of factors would have been; norms are float64."""
         b, a = layer.pair.scale * result.b, result.a
-        missed = layer.wanted.minus(b, a)
-        if result.base_delta is not None:
-            missed = missed.minus(result.base_delta.x, result.base_delta.y)
-        norm, error = layer.wanted.norm, missed.norm
-        naive = layer.wanted.minus(*layer.means()).norm if layer.equal else None
+        norm, error = result.norm, result.error
+        if norm is None or error is None:
+            missed = layer.wanted.minus(b, a)
+            if result.base_delta is not None:
+                missed = missed.minus(result.base_delta.x, result.base_delta.y)
+            norm, error = layer.wanted.norm, missed.norm
+        naive = _naive_error(layer) if layer.equal else None
         report = {
             "norm": norm,
             "truncation_error": error / (norm or 1.0),
@@ -653,20 +661,28 @@ def _joined(first: Target, second: Target) -> tuple[Float64, Float64]:
     return np.concatenate([first.x, second.x], axis=1), np.concatenate([first.y, second.y], axis=0)
 
 
+def _naive_error(layer: Layer) -> float:
+    """`|| dW - s mean(B) mean(A) ||`, what the mean of factors would have lost."""
+    missed = layer.wanted.minus(*layer.means())
+    return float(np.sqrt(max(0.0, inner_products(missed.x, missed.y, [missed.x.shape[1]])[0, 0])))
+
+
 def _drift_cosines(layer: Layer) -> dict[str, float] | None:
-    """Least and median cosine between a client's change and the merged one; None where ranks differ or nothing moved."""
+    """Least and median cosine between a client's change and the mean one; None where ranks differ or nothing moved."""
     if not layer.equal:
         return None
     old = layer.pair.product(layer.start)
-    change = layer.wanted.minus(*old)
-    norm = change.norm
-    cosines = []
-    for block in layer.blocks:
-        drift = Target(block.b, block.a).minus(*old)
-        own = product_dot(drift.x, drift.y, drift.x, drift.y) ** 0.5
-        if own > 0 and norm > 0:
-            cosines.append(product_dot(drift.x, drift.y, change.x, change.y) / (own * norm))
-    return {"min": min(cosines), "median": float(np.median(cosines))} if cosines else None
+    stack = Target.of([*((block.b, block.a) for block in layer.blocks), old], layer.pair.shape)
+    inner = inner_products(stack.x, stack.y, [layer.pair.rank] * (len(layer.blocks) + 1))
+    drifts = inner[:-1, :-1] - inner[:-1, -1:] - inner[-1:, :-1] + inner[-1, -1]
+    own = np.sqrt(np.maximum(np.diag(drifts), 0.0))
+    weights = np.array([block.weight for block in layer.blocks])
+    norm = np.sqrt(max(0.0, float(weights @ drifts @ weights)))
+    moved = own > 0
+    if norm == 0 or not moved.any():
+        return None
+    cosines = (drifts @ weights)[moved] / (own[moved] * norm)
+    return {"min": float(cosines.min()), "median": float(np.median(cosines))}
 
 
 _PLAIN: Final = frozenset({"weights"})
