@@ -66,12 +66,14 @@ class Sums:
         both._last = max(both._keys, default=None)
         return both
 
-    def mean(self, name: str) -> npt.NDArray[np.float64]:
+    def mean(self, name: str, dtype: Any = np.float64) -> Array:
         """`sum w X / sum w` in the tensor's shape. Raises `MergeError` if no update holds the tensor."""
         self._flush()
         if name not in self._sums:
             raise MergeError(f"there is nothing to merge: no update holds tensor {name!r}")
-        return (self._sums[name] / self._weights[name]).reshape(self._shapes[name])
+        total = self._sums[name]
+        mean = np.divide(total, self._weights[name], out=np.empty(len(total), dtype), casting="same_kind")
+        return mean.reshape(self._shapes[name])
 
     def weight(self, name: str) -> float:
         """`sum w` over the updates that hold the tensor."""
