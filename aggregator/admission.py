@@ -15,7 +15,7 @@ from aggregator.merge.lora import change_of, pairs_of
 from edge_sdk.bundle import Program, TensorEntry
 from edge_sdk.errors import EdgewiseError, UpdateError
 from edge_sdk.tensors import Array, Tensors
-from edge_sdk.update import decode_update
+from edge_sdk.update import KINDS, decode_update
 
 _TIMES_MEDIAN = 10.0
 _FIRST_ROUND = 1000.0
@@ -38,10 +38,13 @@ def admit(
     *,
     start_digest: str | None = None,
     norm_bound: float | None,
+    encodings: Sequence[str] = KINDS,
 ) -> dict[str, Array]:
-    """Decode a body into absolute tensors, or raise `Refused`. `norm_bound` limits the Frobenius norm of the change."""
+    """Decode a body into absolute tensors, or raise `Refused`. `norm_bound` limits the Frobenius norm of the change,
+    `encodings` the kinds of encoding.
+    """
     try:
-        tensors = decode_update(body, program, table, start, start_digest)
+        tensors = decode_update(body, program, table, start, start_digest, allowed=encodings)
     except UpdateError as error:
         raise Refused(error.reason, error.detail) from error
     if norm_bound is not None:

@@ -102,9 +102,18 @@ class Fold:
         start = self._model(upload.start)
         trains = upload.phase == "train"
         bound = self._norm_bound(upload.round, start) if trains else None
+        kinds = (self._job.task.encoding, *self._job.task.encodings_allowed) if trains else ("float32",)
         body = self._journal.body(upload.device, upload.upload)
         try:
-            tensors = admit(body, program, self._bundle.tensors, start, start_digest=upload.start, norm_bound=bound)
+            tensors = admit(
+                body,
+                program,
+                self._bundle.tensors,
+                start,
+                start_digest=upload.start,
+                norm_bound=bound,
+                encodings=kinds,
+            )
         except Refused as refused:
             raise BodyRefusedError(f"{refused.reason}: {refused.detail}") from refused
         if trains:

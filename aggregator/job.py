@@ -20,8 +20,9 @@ from aggregator.merge import MergeError, rule_named
 from aggregator.merge.server import OPTIMIZERS
 from aggregator.merge.settings import LoraSettings, MergeSettings, RobustSettings, ServerSettings
 from edge_sdk.bundle import Bundle, Program
+from edge_sdk.codecs import DENSITY_LIMIT
 from edge_sdk.errors import EdgewiseError
-from edge_sdk.update import KINDS
+from edge_sdk.update import COMPRESSIONS, KINDS, compresses_with_zstd
 
 
 class JobError(EdgewiseError):
@@ -96,6 +97,16 @@ KEYS: tuple[Key, ...] = (
         "assign.programs", dict, {}, "Programs of devices that do not train `program`, by device: other ranks.", of=str
     ),
     Key("assign.cycle", list, [], "Programs that all devices train in turn, one a round: `alternate`.", of=str),
+    Key("task.encodings_allowed", list, [], "Kinds that a device may take instead, by its own `encoding`.", of=str),
+    Key(
+        "task.density",
+        float,
+        0.1,
+        "`top_k`: the share of numbers that travels.",
+        expected="above 0 to 0.5",
+        holds=lambda v: 0 < v <= DENSITY_LIMIT,
+    ),
+    Key("task.compression", str, "zlib", "What packs an update where it pays.", **_one_of(*COMPRESSIONS)),
     Key(
         "merge.rule",
         str,
@@ -197,6 +208,9 @@ class TaskSettings:
     schedule: str
     final_fraction: float
     encoding: str
+    encodings_allowed: Sequence[str] = ()
+    density: float = 0.1
+    compression: str = "zlib"
     hyper: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -297,6 +311,11 @@ def load_job(path: Path) -> Job:
             values[key.path] = path.parent / key.default if isinstance(key.default, Path) else key.default
     if (values["task.steps"] == 0) == (values["task.epochs"] == 0):
         raise JobError(f"{path}: give either task.steps or task.epochs, above 0")
+    odd = [kind for kind in values["task.encodings_allowed"] if kind not in KINDS]
+    if odd:
+        raise JobError(f"{path}: task.encodings_allowed names {odd[0]!r}; there are {', '.join(KINDS)}")
+    if values["task.compression"] == "zstd" and not compresses_with_zstd():
+        raise JobError(f"{path}: task.compression = 'zstd' needs the package zstandard: pip install 'edgewise[zstd]'")
     quorum = values["round.quorum"]
     if quorum is not None and quorum < values["round.minimum"]:
         raise JobError(f"{path}: round.quorum = {quorum} is below round.minimum = {values['round.minimum']}")

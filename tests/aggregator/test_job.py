@@ -58,7 +58,7 @@ def test_a_job_file_gives_its_values_and_the_defaults(tmp_path: Path) -> None:
         ("steps = 30", "step = 30", "unknown key 'task.step'; did you mean 'task.steps'?"),
         ("steps = 30", "steps = 30\nepochs = 2", "either task.steps or task.epochs"),
         ("learning_rate = 0.01", "learning_rate = nan", "must be a number"),
-        ("steps = 30", 'steps = 30\nencoding = "int2"', "one of float32, int8_row"),
+        ("steps = 30", 'steps = 30\nencoding = "int2"', "one of float32, float16, int8_row, int4_row, top_k"),
         ("[task]", "[round]\nquorum = 1\nminimum = 2\n[task]", "round.quorum = 1 is below round.minimum = 2"),
         ("rounds = 3", "rounds =", "not a TOML file"),
     ],

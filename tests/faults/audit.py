@@ -20,7 +20,8 @@ from aggregator.merge import Contribution
 from aggregator.merge.sums import Sums
 from aggregator.service import MODEL_FILE
 from edge_sdk.bundle import Bundle
-from edge_sdk.tensors import digest, pack, unpack
+from edge_sdk.tensors import digest, pack
+from edge_sdk.update import decode_update
 from tests.system.site import Site
 from tests.tiny_bundle import HEAD
 
@@ -94,7 +95,7 @@ def _audit_device(site: Site, device: str, rows: list[tuple], refused: list[tupl
 def _audit_models(site: Site, journal: sqlite3.Connection, merges: list[RoundRecord]) -> int:
     """Make every merge again from the kept bodies: the same bytes, and the weighted means of plain float64 arithmetic."""
     with Bundle.open(site.bundle) as bundle:
-        program = bundle.program(HEAD)
+        program, tensor_table = bundle.program(HEAD), bundle.tensors
         models = {digest(bundle.start_blob(program)): bundle.initial(program)}
     for record in merges:
         start = models[record.start]
@@ -108,9 +109,8 @@ def _audit_models(site: Site, journal: sqlite3.Connection, merges: list[RoundRec
         means = {name: np.zeros(value.shape, np.float64) for name, value in start.items()}
         state = Sums(list(start))
         for device, upload, examples in rows:
-            change, metadata = unpack(_body(journal, device, upload))
-            assert metadata["encoding"] == "float32"
-            trained = {name: start[name] + change[name] for name in start}
+            body = _body(journal, device, upload)
+            trained = decode_update(body, program, tensor_table, start, record.start, allowed=["float32"])
             state.add(Contribution(device, 1, examples, start, trained))
             for name, value in trained.items():
                 means[name] += examples / total * value.astype(np.float64)
