@@ -206,9 +206,8 @@ def _ranks(bench: Bench, args: argparse.Namespace) -> list[dict[str, Any]]:
             tuned[rate] = run.final
         best = max(tuned, key=lambda rate: tuned[rate])
         for seed in range(args.seeds):
-            rows.append(
-                _row("ranks", entrant, "dirichlet 0.3", seed, best, bench.run(entrant, "dirichlet 0.3", seed, 12, best))
-            )
+            run = bench.run(entrant, "dirichlet 0.3", seed, 12, best)
+            rows.append(_row("ranks", entrant, "dirichlet 0.3", seed, best, run))
         print(f"ranks: {entrant.name}", file=sys.stderr)
     return rows
 
@@ -278,23 +277,23 @@ def lines(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def plot(rows: list[dict[str, Any]], folder: Path) -> None:
     """Accuracy over rounds at one rate, accuracy over the rate, and mixed ranks: PNG files in `folder`."""
-    import matplotlib
+    import matplotlib as mpl
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
         if not any(row["table"] == "rules" and row["split"] == split for row in rows):
             continue
-        figure, axes = pyplot.subplots(figsize=(7, 4.5))
+        figure, axes = plt.subplots(figsize=(7, 4.5))
         for entrant in EQUAL:
             curves = [row["accuracy"] for row in _of(rows, "rules", entrant.name, split)]
             axes.plot(np.mean(curves, axis=0), label=entrant.name)
         axes.set(xlabel="round", ylabel="test accuracy", title=f"learning rate {ONE_RATE:g}, {split}", ylim=(0, 1))
         _save(figure, axes, folder / f"lora-rules-{split.replace(' ', '-').replace('.', '')}.png")
     if any(row["table"] == "lr" for row in rows):
-        figure, axes = pyplot.subplots(figsize=(7, 4.5))
+        figure, axes = plt.subplots(figsize=(7, 4.5))
         for entrant in EQUAL[1:]:
             mine = _of(rows, "lr", entrant.name)
             rates = sorted({row["learning_rate"] for row in mine})
@@ -303,7 +302,7 @@ def plot(rows: list[dict[str, Any]], folder: Path) -> None:
         axes.set(xlabel="learning rate", ylabel="final accuracy", title="dirichlet 0.3, half the rounds", ylim=(0, 1))
         _save(figure, axes, folder / "lora-rates.png")
     if any(row["table"] == "ranks" for row in rows):
-        figure, axes = pyplot.subplots(figsize=(7, 4.5))
+        figure, axes = plt.subplots(figsize=(7, 4.5))
         for entrant in RANKS:
             curves = [row["accuracy"] for row in _of(rows, "ranks", entrant.name)]
             axes.plot(np.mean(curves, axis=0), label=entrant.name)
