@@ -13,7 +13,7 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -91,8 +91,8 @@ class Fold:
         self._models: OrderedDict[str, dict[str, np.ndarray[Any, Any]]] = OrderedDict()
         self._starts: dict[tuple[str, str], str] = {}  # (model, program) -> digest of what the program starts from
 
-    def check(self, upload: OpenUpload) -> Checked:
-        """Check a complete upload: digest, then content. Raises `BodyRefusedError`."""
+    def check(self, upload: OpenUpload, number: int) -> Checked:
+        """Check a complete upload in round `number`: digest, then content. Raises `BodyRefusedError`."""
         hasher = hashlib.sha256()
         for chunk in self._journal.chunks(upload.device, upload.upload):
             hasher.update(chunk)
@@ -117,9 +117,9 @@ class Fold:
         except Refused as refused:
             raise BodyRefusedError(f"{refused.reason}: {refused.detail}") from refused
         if trains:
-            found = self._contribution(upload, start, tensors)
+            found = self._contribution(upload, start, tensors, number - upload.round)
             try:
-                self.merger(upload.round).check(found)
+                self.merger(number).check(found)
             except MergeError as error:
                 raise BodyRefusedError(f"stale_gauge: {error}") from error
             return Checked(norm=change_norm(tensors, start, program, self._bundle.tensors), evidence=None)
@@ -127,18 +127,20 @@ class Fold:
             return Checked(norm=None, evidence=None)
         return Checked(norm=None, evidence=_counts(tensors, program))
 
-    def merge(self, number: int, model: str) -> Folded:
-        """Fold the accepted updates of a round into a candidate and store it. Raises `MergeError`,
+    def merge(self, number: int, model: str, tasks: frozenset[str] | None = None) -> Folded:
+        """Fold the accepted updates of a round, or those for `tasks`, into a candidate and store it. Raises `MergeError`,
         `StorageError`."""
         start = self._model(model)
-        rows = self._journal.updates(number, "train")
-        result = merge(self.merger(number), self._contributions(rows), start)
+        rows = [row for row in self._journal.unmerged(number) if tasks is None or row.task in tasks]
+        merger = self.merger(number)
+        result = merge(merger, self._contributions(rows, merger, number, model), start)
         tensors, moments = result.tensors, None
         if self._job.merge.server.optimizer != "none":
             tensors, moments = self._server_step(number, model, start, tensors)
         candidate = self._blobs.put(pack({**start, **tensors}))
         report = {
             **result.report,
+            "late": sum(row.round < number for row in rows),
             "moments": moments,
             "updates": len(rows),
             "examples": sum(row.num_examples for row in rows),
@@ -217,21 +219,44 @@ class Fold:
                 return str(record.merge["moments"])
         return None
 
-    def _contributions(self, rows: Sequence[LedgerRow]) -> Iterator[Contribution]:
+    def _contributions(
+        self, rows: Sequence[LedgerRow], merger: Merger, number: int, model: str
+    ) -> Iterator[Contribution]:
+        """The updates in order.
+
+        What a late one changed is discounted by (1 + staleness)^-1/2 (FedBuff, section 5) and, for rules that keep the
+        basis, put on the present model; the others take late updates as changes themselves.
+        """
         table = self._bundle.tensors
         for row in rows:
             program, start = self.program(row.round, row.phase, row.device), self._model(row.start)
             body = self._journal.body(row.device, row.upload)
-            yield self._contribution(row, start, decode_update(body, program, table, start, row.start))
+            values = decode_update(body, program, table, start, row.start)
+            current = self.start_of(number, model, program)
+            staleness = 0 if current == row.start else number - row.round
+            found = self._contribution(row, start, values, staleness)
+            if staleness and not merger.refactorises:
+                found = _put_on(found, self._model(current))
+            yield found
 
     def _contribution(
         self,
         row: LedgerRow | OpenUpload,
         start: Mapping[str, np.ndarray[Any, Any]],
         tensors: Mapping[str, np.ndarray[Any, Any]],
+        staleness: int,
     ) -> Contribution:
-        program = program_of(self._job, row.round, row.device)
-        return Contribution(row.device, row.seq, row.num_examples, start, tensors, program, row.start)
+        return Contribution(
+            row.device,
+            row.seq,
+            row.num_examples,
+            start,
+            tensors,
+            program_of(self._job, row.round, row.device),
+            row.start,
+            staleness,
+            (1 + staleness) ** -0.5,
+        )
 
     def _evaluation(self, program: Program) -> Program:
         return program if program.evaluate is None else self._bundle.program(program.evaluate)
@@ -250,6 +275,13 @@ class Fold:
             bound = fixed or norm_bound(self._journal.last_norms(number), start)
             self._bounds = {number: bound}
         return self._bounds[number]
+
+
+def _put_on(late: Contribution, current: Mapping[str, np.ndarray[Any, Any]]) -> Contribution:
+    """The discounted change of a late update, as if it had started from the present model."""
+    factor = np.float32(late.discount)
+    moved = {name: current[name] + factor * (value - late.start[name]) for name, value in late.tensors.items()}
+    return replace(late, tensors=moved, start=current, discount=1.0)
 
 
 def _share(counts: tuple[float, float] | None) -> float | None:

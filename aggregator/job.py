@@ -85,6 +85,14 @@ KEYS: tuple[Key, ...] = (
     Key("round.deadline_seconds", float, 600.0, "The longest that a round may take.", **_POSITIVE),
     Key("round.devices_wait", int, 1, "Devices that must be online before a round opens.", **_POSITIVE),
     Key("round.evaluate_share", float, 0.3, "Last part of the round kept for the devices' evaluation.", **_SHARE),
+    Key(
+        "round.buffer",
+        int,
+        0,
+        "Above 0: buffered rounds, merged after so many updates; slow devices go on training.",
+        **_NOT_NEGATIVE,
+    ),
+    Key("round.max_staleness", int, 0, "Buffered rounds: how many rounds late an update may be.", **_NOT_NEGATIVE),
     Key("task.steps", int, 0, "Steps of one task; give this or `task.epochs`.", **_NOT_NEGATIVE),
     Key("task.epochs", int, 0, "Passes over a device's samples in one task.", **_NOT_NEGATIVE),
     Key("task.batch_size", int, 32, "Samples of one step.", **_POSITIVE),
@@ -195,6 +203,8 @@ class RoundSettings:
     deadline_seconds: float
     devices_wait: int
     evaluate_share: float
+    buffer: int = 0
+    max_staleness: int = 0
 
 
 @dataclass(frozen=True)
@@ -316,6 +326,12 @@ def load_job(path: Path) -> Job:
         raise JobError(f"{path}: task.encodings_allowed names {odd[0]!r}; there are {', '.join(KINDS)}")
     if values["task.compression"] == "zstd" and not compresses_with_zstd():
         raise JobError(f"{path}: task.compression = 'zstd' needs the package zstandard: pip install 'edgewise[zstd]'")
+    if values["round.max_staleness"] and not values["round.buffer"]:
+        raise JobError(f"{path}: round.max_staleness means something in buffered rounds only: give round.buffer too")
+    if values["round.buffer"] and values["round.buffer"] < values["round.minimum"]:
+        raise JobError(
+            f"{path}: round.buffer = {values['round.buffer']} is below round.minimum = {values['round.minimum']}"
+        )
     quorum = values["round.quorum"]
     if quorum is not None and quorum < values["round.minimum"]:
         raise JobError(f"{path}: round.quorum = {quorum} is below round.minimum = {values['round.minimum']}")
@@ -340,6 +356,11 @@ def check_against(job: Job, bundle: Bundle) -> None:
         mergers = [rule.create(plan_of(job, bundle, number)) for number in range(1, 1 + max(1, len(job.assign.cycle)))]
     except MergeError as error:
         raise JobError(f"merge.rule: {error}") from error
+    if job.round.max_staleness > rule.max_staleness:
+        raise JobError(
+            f"round.max_staleness = {job.round.max_staleness}: the rule of this job takes updates that are at most "
+            f"{rule.max_staleness} rounds late"
+        )
     if job.merge.server.optimizer != "none" and any(merger.refactorises for merger in mergers):
         raise JobError(
             f"merge.server.optimizer = {job.merge.server.optimizer!r}: this rule changes the basis of the tensors every "

@@ -21,7 +21,7 @@ import shutil
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -233,6 +233,8 @@ class Service:
             devices_wait=job.round.devices_wait,
             evaluate_share=job.round.evaluate_share,
             evaluates=job.gate.enabled and self._program.evaluate is not None,
+            buffer=job.round.buffer,
+            max_staleness=job.round.max_staleness,
         )
         saved = self._journal.rounds_state()
         if saved is None:
@@ -262,9 +264,9 @@ class Service:
             intake.PhaseOpened(now, self._public()),
         ]
         if state.phase in (rounds.Phase.TRAIN, rounds.Phase.EVALUATE):
-            start = state.candidate or state.model if state.phase is rounds.Phase.EVALUATE else state.model
-            tasks = {device: held.task for device, held in state.tasks.items()}
-            events.append(self._issued(state.round, state.phase, start, state.phase_deadline, tasks))
+            events.append(self._still_issued(state.phase, state.tasks, state.phase_deadline))
+        if state.carried:
+            events.append(self._still_issued(rounds.Phase.TRAIN, state.carried, state.deadline))
         with self._journal.transaction():
             self._journal.publish(self._address.job_topic, self._sign(self._job_manifest()), None)
             self._journal.save_rounds_state(rounds.to_json(state))
@@ -511,10 +513,12 @@ class Service:
             case rounds.WithdrawTasks(devices):
                 for device in devices:
                     self._retain(self._address.assign(device), b"", None, out)
-            case rounds.ClosePhase():
-                self._intake_step(intake.PhaseClosed(self._clock.now()), out)
+            case rounds.ClosePhase(_, _, kept):
+                self._intake_step(intake.PhaseClosed(self._clock.now(), kept), out)
             case rounds.SetAside(number, phase, reason):
-                journal.set_aside(journal.updates(number, phase), reason, keep_bodies=keep)
+                trained = phase is rounds.Phase.TRAIN
+                rows = journal.unmerged(number) if trained else journal.updates(number, phase)
+                journal.set_aside(rows, reason, keep_bodies=keep)
             case rounds.LeaveOut(device, task, reason):
                 row = journal.row_of_task(device, task)
                 if row is not None:
@@ -555,7 +559,7 @@ class Service:
             deadline=deadline,
             now=now,
             quorum=self._settings.quorum or max(1, len(state.tasks)),
-            staleness=0,
+            staleness=self._settings.max_staleness,
         )
         self._retain(self._address.round_topic, self._sign(manifest), None, out)
         self._intake_step(intake.PhaseOpened(now, self._public()), out)
@@ -609,6 +613,16 @@ class Service:
                 update_bytes=max_update_bytes(program, self._bundle.tensors),
                 deadline=deadline,
             )
+        return intake.TasksIssued(self._clock.now(), MappingProxyType(issued))
+
+    def _still_issued(
+        self, phase: rounds.Phase, tasks: Mapping[str, rounds.TaskState], deadline: int
+    ) -> intake.TasksIssued:
+        """Tasks that a restored state holds open, each of its own round."""
+        issued: dict[str, intake.IssuedTask] = {}
+        for device, held in tasks.items():
+            found = self._issued(held.round, phase, held.model, deadline, {device: held.task})
+            issued |= found.tasks
         return intake.TasksIssued(self._clock.now(), MappingProxyType(issued))
 
     def _retain(self, topic: str, payload: bytes, expires: int | None, out: list[_Outward]) -> None:
@@ -802,17 +816,17 @@ class Service:
                 if (upload.device, upload.upload) not in self._intake.uploads:
                     return []
                 try:
-                    checked = self._fold.check(upload)
+                    checked = self._fold.check(upload, self._rounds.round)
                 except fold.BodyRefusedError as refused:
                     now = self._clock.now()
                     return [intake.VerifyFailed(now, upload.device, upload.upload, refused.detail, again=refused.again)]
                 now = self._clock.now()
                 return [intake.Verified(now, upload.device, upload.upload, checked.norm, checked.evidence)]
-            case rounds.Merge(number, model):
+            case rounds.Merge(number, model, tasks):
                 if self._rounds.phase is not rounds.Phase.MERGE:
                     return []
                 try:
-                    folded = self._fold.merge(number, model)
+                    folded = self._fold.merge(number, model, tasks)
                 except StorageError:
                     raise
                 except EdgewiseError as error:

@@ -23,6 +23,7 @@ from edge_sdk.errors import EdgewiseError
 from edge_sdk.tensors import Array, Tensors
 
 __all__ = [
+    "ANY_STALENESS",
     "GROUP",
     "Contribution",
     "MergeError",
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 GROUP = "edgewise.mergers"
+ANY_STALENESS = 1_000_000
 
 
 class MergeError(EdgewiseError):
@@ -150,6 +152,11 @@ class Rule(Protocol):
     @property
     def uses(self) -> frozenset[str]:
         """Keys below `merge`, for instance `robust.attackers`."""
+        ...
+
+    @property
+    def max_staleness(self) -> int:
+        """How many rounds late an update may be at most."""
         ...
 
     def create(self, plan: Plan) -> Merger:

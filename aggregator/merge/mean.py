@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 
-from aggregator.merge import Contribution, MergeResult, Plan, cut_by_name
+from aggregator.merge import ANY_STALENESS, Contribution, MergeResult, Plan, cut_by_name
 from aggregator.merge.sums import BLOCK, Sums
 from edge_sdk.bundle import Program
 from edge_sdk.tensors import Array, Tensors
@@ -24,6 +24,7 @@ class MeanRule:
     """The rule as an entry point."""
 
     uses: frozenset[str] = frozenset({"weights"})
+    max_staleness: int = ANY_STALENESS
 
     def create(self, plan: Plan) -> MeanMerger:
         """The rule fits every program."""

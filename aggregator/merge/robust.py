@@ -30,7 +30,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from aggregator.merge import Contribution, MergeError, MergeResult, Plan, cut_by_name
+from aggregator.merge import ANY_STALENESS, Contribution, MergeError, MergeResult, Plan, cut_by_name
 from aggregator.merge.mean import change_norm, trained_names
 from aggregator.merge.settings import RobustSettings
 from aggregator.merge.updates import Updates
@@ -138,6 +138,7 @@ class RobustRule:
     uses: frozenset[str]
     reduce: Reduce | None = None
     choose: Choose | None = None
+    max_staleness: int = ANY_STALENESS
 
     def create(self, plan: Plan) -> RobustMerger:
         """Raises `MergeError` if programs of different tensors train, which no coordinate can be compared in."""
