@@ -69,7 +69,7 @@ class ProgramSpec:
 
 @dataclass(frozen=True)
 class ProgramReport:
-    """What was built: id, trained tensors and their parameters, nodes of the step graph, bytes, proof, seconds."""
+    """What was built: id, trained tensors and their parameters, nodes of the step graph, bytes, proof, CPU seconds."""
 
     id: str
     parameters: int
@@ -212,7 +212,7 @@ def _read(model: nn.Module | Path | str, x: Array) -> _Source:
 def _build_program(
     source: _Source, spec: ProgramSpec, name: str, loss: str, example: tuple[Array, Array], seed: int
 ) -> _Built:
-    began = time.perf_counter()
+    began = time.process_time()
     if spec.precision not in PRECISIONS:
         raise SpecError(f"precision {spec.precision!r} is unknown; there are {', '.join(PRECISIONS)}")
     if type(spec.batch) is not int or spec.batch < 1:
@@ -235,7 +235,7 @@ def _build_program(
     given = proof_constants(applied.constants, seed)
     proved = with_constants(forward, given)
     gradients = gradients_graph(proved, applied.trainables, loss_rule, ids[0])
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     oracle: Oracle
     if source.module is None:
         oracle = CentralDifferences(loss_graph(proved, loss_rule), gradients, seed)
