@@ -3,7 +3,8 @@
     y = W x + s B A x        A [r, n] = lora_a,  B [m, r] = lora_b,  s = alpha / r
 
 A convolution's weight [m, c, k...] counts as [m, c k...]: A is a convolution with r channels, B one of kernel size 1. With
-groups the product is added to the weight itself. A ~ U(-sqrt(3 / n), sqrt(3 / n)), B = 0, so that a new adapter changes
+groups the product is added to the weight itself. Of torch's attention, whose three projections are one weight, `q_proj`,
+`k_proj` and `v_proj` are layers of their own. A ~ U(-sqrt(3 / n), sqrt(3 / n)), B = 0, so that a new adapter changes
 nothing. Adapters are float32 and outside every quantizer; the scale stands in the tensor table and nowhere else.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,16 +27,27 @@ from export.graph import Builder, attribute, dims, static
 from export.scopes import Applied, Trainable
 from export.shapes import infer_shapes
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class _Layer:
-    """A node with a frozen weight: `shape` (m, n); `weight` is the constant, `transposed` when it is stored as [n, m]."""
+    """A node with a frozen weight: `shape` (m, n); `weight` is the constant, `transposed` when it is stored as [n, m].
+
+    The projections of torch's own attention are one weight [3 m, n]; each is a layer, `first` its first row.
+    """
 
     name: str
     node: ir.Node
     weight: ir.Value
     shape: tuple[int, int]
     transposed: bool
+    first: int = 0
+
+    @property
+    def is_part(self) -> bool:
+        """Whether the layer is some rows of its weight."""
+        return not self.transposed and self.shape[0] != static(self.weight)[0]
 
 
 @dataclass(frozen=True)
@@ -83,6 +96,15 @@ class LoraScope:
         builder = Builder(model.graph)
         trainables: list[Trainable] = []
         for layer in chosen:
+            m, n = layer.shape
+            if self.rank * (m + n) >= m * n:
+                log.warning(
+                    "%s: an adapter of rank %d has no fewer numbers than the weight [%d, %d]",
+                    layer.name,
+                    self.rank,
+                    m,
+                    n,
+                )
             trainables += self._factors(layer, seed)
             self._insert(builder, layer)
         model.graph.sort()
@@ -109,6 +131,9 @@ class LoraScope:
         b.scope = f"lora/{layer.name}"
         lora_a = b.input(f"p.{layer.name}.lora_a", "float32", (rank, n))
         lora_b = b.input(f"p.{layer.name}.lora_b", "float32", (m, rank))
+        if layer.is_part:
+            rest = static(layer.weight)[0] - m - layer.first
+            lora_b = b.op("Pad", lora_b, b.ints(layer.first, 0, rest, 0))
         if node.op_type == "Conv" and attribute(node, "group", 1) != 1:
             product = b.op("Mul", b.op("MatMul", lora_b, lora_a), self.scale)
             weight = b.op("Add", layer.weight, b.op("Reshape", product, b.ints(*static(layer.weight))))
@@ -140,18 +165,24 @@ class LoraScope:
                 graph.outputs[index] = adapted
 
     def _effective(self, layers: Sequence[_Layer]) -> Any:
-        facts = [(layer.name, str(layer.weight.name), static(layer.weight), layer.transposed) for layer in layers]
+        facts = [(layer, str(layer.weight.name), static(layer.weight)) for layer in layers]
 
         def effective(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
-            values = {}
-            for name, weight, shape, transposed in facts:
-                product = (trained[f"{name}.lora_b"] @ trained[f"{name}.lora_a"]) * self.scale
-                values[weight] = frozen[weight] + (product.T if transposed else product.reshape(shape))
+            values: dict[str, Any] = {}
+            for layer, weight, shape in facts:
+                product = (trained[f"{layer.name}.lora_b"] @ trained[f"{layer.name}.lora_a"]) * self.scale
+                base = values.get(weight, frozen[weight])
+                if layer.is_part:
+                    values[weight] = base * 1
+                    values[weight][layer.first : layer.first + layer.shape[0]] += product
+                else:
+                    values[weight] = base + (product.T if layer.transposed else product.reshape(shape))
             return values
 
         return effective
 
 
+_PACKED = "in_proj_weight"  # of torch.nn.MultiheadAttention: q, k and v below one another
 _GEOMETRY = ("strides", "pads", "dilations", "kernel_shape", "auto_pad")
 
 
@@ -178,5 +209,11 @@ def _layers(graph: ir.Graph, parameters: Sequence[str]) -> list[_Layer]:
         name = re.sub(r"[^A-Za-z0-9_.]", "_", str(source.name).removesuffix(".weight"))
         if any(layer.weight is source for layer in layers):
             raise UnsupportedModel(f"weight {source.name!r} is used by two nodes: a shared weight takes no adapter")
+        if name.endswith(_PACKED) and not transposed and shape[0] % 3 == 0:
+            m = shape[0] // 3
+            stem = name.removesuffix(_PACKED)
+            parts = enumerate(("q_proj", "k_proj", "v_proj"))
+            layers += [_Layer(f"{stem}{part}", node, source, (m, shape[1]), False, i * m) for i, part in parts]
+            continue
         layers.append(_Layer(name, node, source, shape, transposed))
     return layers
