@@ -324,7 +324,9 @@ def test_the_documentation_lists_every_rule_and_every_operator_that_is_taken_apa
     table, _, rest = text.partition("## Operators that are taken apart")
     rows = [line.split("|")[2] for line in table.splitlines() if line.startswith("| `")]
     assert {name for row in rows for name in row.split()} == rules()
-    listed = re.sub(r"\(.*?\)", "", rest.partition("they stay as they are:")[2].partition("LSTM and GRU:")[0])
+    listed = re.sub(
+        r"\(.*?\)", "", rest.partition("they stay as they are:")[2].partition("LSTM and GRU:")[0], flags=re.DOTALL
+    )
     assert {name.strip(" .\n") for name in listed.split(",")} == set(DECOMPOSITIONS) | set(RECURRENT)
 
 
