@@ -747,7 +747,7 @@ class EdgeDevice:
             learning_rate=task.learning_rate,
             seed=task.seed,
             hyper=task.hyper,
-            encoding=Encoding.from_map(task.encoding),
+            encoding=Encoding.from_map(task.encoding).preferring(self.config.encoding),
         )
         try:
             outcome = run_task(

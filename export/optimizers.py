@@ -5,12 +5,15 @@
              p' = p (1 - eta lambda) - eta (m' / (1 - b1^t)) / (sqrt(v' / (1 - b2^t)) + eps)     (0.9, 0.999, 1e-8; t = h.step)
 
 AdamW: Loshchilov and Hutter, arXiv 1711.05101.
+
+`sgd+prox` and `adamw+prox` add mu (p - p0) to the gradient first, mu = h.proximal (0: off) and p0 the start of the task:
+FedProx, Li et al., arXiv 1812.06127, equation 2. One graph serves every mu.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import onnx_ir as ir
@@ -28,7 +31,7 @@ class Optimizer:
     """How many slots per tensor, which hyper-parameters, and the rule.
 
     `update(builder, p, g, slots, hyper)` returns the new tensor and the new slots, the values of `hyper` being graph
-    inputs by name without `h.`.
+    inputs by name without `h.`. `anchored`: the start of the task is an input too, and pulls.
     """
 
     slots: int
@@ -38,6 +41,7 @@ class Optimizer:
         [Builder, ir.Value, ir.Value, Sequence[ir.Value], Mapping[str, ir.Value]],
         tuple[ir.Value, tuple[ir.Value, ...]],
     ]
+    anchored: bool = False
 
 
 def _sgd(
@@ -61,9 +65,20 @@ def _adamw(
     return b.op("Sub", kept, move), (first, second)
 
 
-OPTIMIZERS: Final[Mapping[str, Optimizer]] = {
+_PLAIN: Final[Mapping[str, Optimizer]] = {
     "sgd": Optimizer(1, {"lr": HyperRange(1e-2, 0.0, 10.0), "weight_decay": HyperRange(0.0, 0.0, 1.0)}, False, _sgd),
     "adamw": Optimizer(2, {"lr": HyperRange(1e-3, 0.0, 1.0), "weight_decay": HyperRange(1e-2, 0.0, 1.0)}, True, _adamw),
+}
+
+
+def _proximal(inner: Optimizer) -> Optimizer:
+    """The same rule on the gradient of loss + mu / 2 |p - p0|^2."""
+    return replace(inner, hyper={**inner.hyper, "proximal": HyperRange(0.0, 0.0, 1e3)}, anchored=True)
+
+
+OPTIMIZERS: Final[Mapping[str, Optimizer]] = {
+    **_PLAIN,
+    **{f"{name}+prox": _proximal(optimizer) for name, optimizer in _PLAIN.items()},
 }
 
 
@@ -91,8 +106,12 @@ def append_optimizer(
     for index, p in enumerate(tensors):
         b.scope = f"optimizer/{_name(p)}"
         before = (p, *(slot[index] for slot in slots))
+        gradient = gradients[p]
+        if optimizer.anchored:
+            anchor = b.input(f"p0.{_name(p)}", "float32", dims(p))
+            gradient = b.op("Add", gradient, b.op("Mul", hyper["proximal"], b.op("Sub", p, anchor)))
         new, new_slots = optimizer.update(
-            b, _flat(b, p), _flat(b, gradients[p], p), [_flat(b, s) for s in before[1:]], hyper
+            b, _flat(b, p), _flat(b, gradient, p), [_flat(b, s) for s in before[1:]], hyper
         )
         for held, made, old in zip(states, (new, *new_slots), before, strict=True):
             value = reshaped(b, made, old) if _ends_in_one(old) else made

@@ -73,7 +73,7 @@ def test_an_adapter_that_saves_nothing_is_pointed_out(tmp_path: Path, caplog: py
         build_bundle(
             nn.Linear(7, 4), (x, np.arange(6) % 4), tmp_path / "b", name="net", loss="cross_entropy", programs=programs
         )
-    assert any("rank 4 has no fewer numbers than the weight [4, 7]" in message for message in caplog.messages)
+    assert any("rank 4 saves nothing over the weight [4, 7]" in message for message in caplog.messages)
 
 
 def test_a_target_that_matches_nothing_lists_the_layers(tmp_path: Path) -> None:
