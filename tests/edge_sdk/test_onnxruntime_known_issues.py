@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -161,6 +162,31 @@ def test_our_sessions_do_not_ask_for_the_slow_kernels(tmp_path: Path) -> None:
     session = open_session(residual_graph(tmp_path / "int8.onnx", np.int8), RuntimeProfile())
     with pytest.raises(RuntimeError, match="qdqisint8allowed"):
         session.get_session_options().get_session_config_entry(INT8_ALLOWED)
+
+
+def test_a_weight_in_int8_is_multiplied_in_float32_by_our_sessions_only(tmp_path: Path) -> None:
+    """Left alone, the runtime fuses DequantizeLinear and MatMul and rounds the activations to int8 as well."""
+    draw = np.random.default_rng(0)
+    codes, scale = draw.integers(-127, 128, (64, 32)).astype(np.int8), draw.uniform(0.01, 0.02, 32).astype(np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("DequantizeLinear", ["codes", "scale"], ["w"], axis=1),
+            helper.make_node("MatMul", ["x", "w"], ["y"]),
+        ],
+        "int8",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 5, 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 5, 32])],
+        [numpy_helper.from_array(codes, "codes"), numpy_helper.from_array(scale, "scale")],
+    )
+    path = tmp_path / "int8.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), str(path))
+    x = draw.normal(size=(4, 5, 64)).astype(np.float32)
+    exact = x.astype(np.float64) @ (codes * scale.astype(np.float64))
+    left_alone = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+    ours = open_session(path, RuntimeProfile()).run(None, {"x": x})[0]
+    largest = np.abs(exact).max()
+    assert np.abs(left_alone - exact).max() > 1e-3 * largest
+    assert np.abs(ours - exact).max() < 1e-5 * largest
 
 
 def test_weights_outside_the_folder_of_the_graph_are_refused_by_the_newest_runtime(
