@@ -96,6 +96,16 @@ class GraphVariant:
 
 
 @dataclass(frozen=True)
+class Features:
+    """What a frozen prefix hands to the step: whether a sample's may be kept, if not why, and bytes of one sample."""
+
+    cacheable: bool = False
+    reason: str = "no frozen prefix"
+    nbytes: int = 0
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
 class HyperRange:
     """Default and limits of one hyper-parameter `h.<name>`; a task outside them is refused."""
 
@@ -123,7 +133,10 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Program:
-    """One program of the bundle; the contract of its graphs is `step-graphs.md`, section 2."""
+    """One program of the bundle; the contract of its graphs is `step-graphs.md`, section 2.
+
+    `gradients` and `apply` are the step in two: batches of more than `batch_largest` samples go through them in parts.
+    """
 
     id: str
     scope: str
@@ -146,6 +159,10 @@ class Program:
     state_bytes: int
     cost: Mapping[str, Any] = field(default_factory=dict)
     proof: Mapping[str, Any] | None = None
+    features: Features = Features()
+    gradients: str | None = None
+    apply: str | None = None
+    batch_largest: int | None = None
 
     @property
     def accumulates(self) -> bool:
@@ -155,8 +172,8 @@ class Program:
     @property
     def graphs(self) -> tuple[str, ...]:
         """The files of all its graphs."""
-        infer = (self.infer,) if self.infer else ()
-        return infer + tuple(variant.file for variant in self.prefix + self.step)
+        single = tuple(name for name in (self.infer, self.gradients, self.apply) if name)
+        return single + tuple(variant.file for variant in self.prefix + self.step)
 
 
 class Bundle:
@@ -468,6 +485,21 @@ class _Reader:
             state_bytes=self._typed(row, "state_bytes", int),
             cost=row.get("cost", {}),
             proof=row.get("proof"),
+            features=self._features(row),
+            gradients=row.get("gradients"),
+            apply=row.get("apply"),
+            batch_largest=self._typed(batch, "largest", int) if "largest" in batch else None,
+        )
+
+    def _features(self, row: Mapping[str, Any]) -> Features:
+        content = row.get("features", {})
+        if not row.get("prefix"):
+            return Features(reason=str(content.get("reason", Features.reason)))
+        return Features(
+            cacheable=self._typed(content, "cacheable", bool),
+            reason=str(content.get("reason", "")),
+            nbytes=self._typed(content, "bytes", int),
+            dtype=str(content.get("dtype", "float32")),
         )
 
     def _variants(self, rows: list[Mapping[str, Any]]) -> tuple[GraphVariant, ...]:
@@ -606,6 +638,7 @@ def _optional(path: Path) -> bytes | None:
 
 __all__ = [
     "Bundle",
+    "Features",
     "FieldSpec",
     "GraphVariant",
     "HeldOut",
