@@ -8,7 +8,8 @@ Rules of trust, in this order:
    before the manifest is parsed, if the caller pins a release key.
 3. The manifest names every other member with its size and SHA-256; no member is used before both agree, and there is no
    member that it does not name.
-4. Only then are graphs handed to the runtime, from a folder of their own.
+4. Only then are graphs looked at, by rules of their own (`edge_sdk.onnx_wire`): how large they may be, and that they
+   read no file but the bundle's weights. What is left is handed to the runtime, from a folder of its own.
 
 What this module does not do: it opens no network connection and runs no graph.
 """
@@ -36,6 +37,7 @@ import numpy as np
 from edge_sdk.errors import BundleError, SignatureError
 from edge_sdk.fields import TARGET, FieldSpec
 from edge_sdk.keys import VerifyKey
+from edge_sdk.onnx_wire import FILE_LIMIT, check_graph
 from edge_sdk.tensors import HEADER_LIMIT, Array, Tensors, TensorSpec, digest, pack
 
 log = logging.getLogger(__name__)
@@ -44,9 +46,10 @@ FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
 SIGNATURE: Final = "manifest.sig"
 WEIGHTS: Final = "weights.safetensors"
+GRAPH_SUFFIX: Final = ".onnx"  # the runtime takes others for formats of its own
 SIGNED_PREFIX: Final = b"edgewise/bundle/1\0"
 MANIFEST_LIMIT: Final = 4 << 20
-GRAPH_LIMIT: Final = 16 << 20  # I13 of the step-graph contract
+GRAPH_LIMIT: Final = FILE_LIMIT  # I13 of the step-graph contract
 ARCHIVE_LIMIT: Final = 4 << 30
 FILES_LIMIT: Final = 4096
 ACCUMULATING: Final = ("describe", "evaluate", "observe")
@@ -215,13 +218,27 @@ class Bundle:
             signature = _optional(path / SIGNATURE)
             _check_signature(path, manifest, signature, release_key)
             _verify_folder(path, manifest, path)
-            return cls(path, path, manifest, signed=signature is not None, temporary=False)
+            return cls._looked_into(path, path, manifest, signed=signature is not None, temporary=False)
         with _Archive(path) as archive:
             manifest = archive.read(MANIFEST, MANIFEST_LIMIT)
             signature = archive.read(SIGNATURE, 256) if SIGNATURE in archive.sizes else None
             _check_signature(path, manifest, signature, release_key)
             directory = _unpack(archive, manifest, signature, unpack_to)
-        return cls(path, directory, manifest, signed=signature is not None, temporary=unpack_to is None)
+        return cls._looked_into(path, directory, manifest, signed=signature is not None, temporary=unpack_to is None)
+
+    @classmethod
+    def _looked_into(cls, path: Path, directory: Path, manifest: bytes, *, signed: bool, temporary: bool) -> Bundle:
+        """The bundle, once its manifest is read and its graphs keep the rules."""
+        try:
+            bundle = cls(path, directory, manifest, signed=signed, temporary=temporary)
+            for name in bundle.files:
+                if name.endswith(GRAPH_SUFFIX):
+                    check_graph(directory / name, WEIGHTS)
+        except BundleError:
+            if temporary:
+                shutil.rmtree(directory, ignore_errors=True)
+            raise
+        return bundle
 
     def program(self, program_id: str) -> Program:
         """The program of that id. Raises `BundleError` listing the ids that exist."""
@@ -445,9 +462,11 @@ class _Reader:
             unknown = [name for name in program.tensors if name not in table]
             if unknown:
                 raise self._error(f"programs.{program.id}.tensors", unknown[0], "a name of the tensor table")
-            absent = [name for name in program.graphs if name not in self._content["files"]]
+            absent = [n for n in program.graphs if n not in self._content["files"] or not n.endswith(GRAPH_SUFFIX)]
             if absent:
-                raise self._error(f"programs.{program.id}", absent[0], "a file of the bundle")
+                raise self._error(
+                    f"programs.{program.id}", absent[0], f"a file of the bundle that ends in {GRAPH_SUFFIX}"
+                )
             programs[program.id] = program
         for program in programs.values():
             if program.evaluate is not None and program.evaluate not in programs:
@@ -547,7 +566,7 @@ def _parse(manifest: bytes, path: Path) -> dict[str, Any]:
             or not _HEX64.fullmatch(str(row.get("sha256")))
         ):
             raise BundleError(f"{path}: {MANIFEST} describes the file {name[:80]!r} wrongly")
-        if name.endswith(".onnx") and row["bytes"] > GRAPH_LIMIT:
+        if name.endswith(GRAPH_SUFFIX) and row["bytes"] > GRAPH_LIMIT:
             raise BundleError(f"{path}: {name} has {row['bytes']} bytes, a graph has at most {GRAPH_LIMIT}")
     return content
 

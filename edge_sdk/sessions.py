@@ -8,7 +8,9 @@ from pathlib import Path
 
 import onnxruntime
 
+from edge_sdk.bundle import WEIGHTS
 from edge_sdk.errors import BundleError
+from edge_sdk.onnx_wire import check_graph
 from edge_sdk.tensors import Array
 
 Signature = list[tuple[str, str, tuple[int | str, ...]]]
@@ -34,7 +36,8 @@ class RuntimeProfile:
 
 
 def open_session(path: Path, profile: RuntimeProfile) -> onnxruntime.InferenceSession:
-    """An inference session on the CPU. Raises `BundleError` when the runtime refuses the graph."""
+    """An inference session on the CPU. Raises `BundleError` when the graph breaks a rule of ours, or the runtime refuses it."""
+    check_graph(path, WEIGHTS)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = profile.threads
     options.inter_op_num_threads = 1
