@@ -24,7 +24,6 @@ from edge_sdk.tensors import Array
 
 _DTYPES: Mapping[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(uint8)": np.dtype(np.uint8)}
 _HALF_LIMIT = 65504.0  # the largest float16
-_SHRINK = ("memory.enable_memory_arena_shrinkage", "cpu:0")
 
 
 class FeatureCache:
@@ -181,10 +180,3 @@ class Prefix:
             binding.bind_ortvalue_output(name, shared(values[:count]))
         self._sessions[variant].run_with_iobinding(binding, options)
         self.runs += 1
-
-
-def shrinking() -> onnxruntime.RunOptions:
-    """Run options of a prefix: its arena goes back to the system, so that the step can have the memory."""
-    options = onnxruntime.RunOptions()
-    options.add_run_config_entry(*_SHRINK)
-    return options

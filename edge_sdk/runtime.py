@@ -21,7 +21,7 @@ import onnxruntime
 from edge_sdk.bundle import Bundle, Program
 from edge_sdk.draws import Draws
 from edge_sdk.errors import BundleError, EdgewiseError, SampleError, TaskError
-from edge_sdk.features import Prefix, shrinking
+from edge_sdk.features import Prefix
 from edge_sdk.fields import INPUT, WEIGHT, FieldSpec, check_batch
 from edge_sdk.samples import Ids
 from edge_sdk.sessions import RuntimeProfile, Signature, give_back, inputs_of, open_session, outputs_of, shared
@@ -163,7 +163,7 @@ class Stepper:
         self._sessions = sessions
         self._halves: _Halves | None = None
         self._largest = self._largest_batch()
-        self._run_options, self._prefix_options = onnxruntime.RunOptions(), shrinking()
+        self._run_options = onnxruntime.RunOptions()
 
     @property
     def state_bytes(self) -> int:
@@ -233,7 +233,6 @@ class Stepper:
     def terminate(self) -> None:
         """End the step that runs now, if one does; from any thread."""
         self._run_options.terminate = True
-        self._prefix_options.terminate = True
 
     def close(self) -> None:
         """Let the sessions and their memory go."""
@@ -249,7 +248,7 @@ class Stepper:
     @contextmanager
     def _watched(self, seconds: float | None) -> Iterator[None]:
         """End what runs inside after `seconds`, and say which step failed and why."""
-        self._run_options.terminate = self._prefix_options.terminate = False
+        self._run_options.terminate = False
         watch = None if seconds is None else threading.Timer(max(0.0, seconds), self.terminate)
         try:
             if watch is not None:
@@ -310,7 +309,7 @@ class Stepper:
         for name in read & given.keys():
             binding.bind_cpu_input(name, np.ascontiguousarray(given[name]))
         if self._prefix is not None:
-            for name, values in self._prefix.features(data, drawn, ids, self._prefix_options).items():
+            for name, values in self._prefix.features(data, drawn, ids, self._run_options).items():
                 if name in read:
                     binding.bind_ortvalue_input(name, shared(values))
 
