@@ -25,6 +25,10 @@ from edge_sdk.tensors import Array
 
 log = logging.getLogger(__name__)
 
+# The runtime fuses a product with a dequantized weight into MatMulNBits, and by default rounds the activations to 8 bits
+# there, in the forward pass only: the gradient would be that of another function (0.3 % off). Level 1 computes in float32.
+FLOAT_PRODUCTS: Final = ("session.qdq_matmulnbits_accuracy_level", "1")
+
 Signature = list[tuple[str, str, tuple[int | str, ...]]]
 
 
@@ -58,6 +62,7 @@ def open_session(path: Path, profile: RuntimeProfile) -> onnxruntime.InferenceSe
     options.log_severity_level = 3
     # The app beside us needs the core more than a waiting thread does.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry(*FLOAT_PRODUCTS)
     if profile.arena and _shared_arena():
         options.add_session_config_entry("session.use_env_allocators", "1")
     if not profile.prepacking:

@@ -21,6 +21,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from edge_sdk.fields import INPUT
+from edge_sdk.sessions import FLOAT_PRODUCTS
 from edge_sdk.tensors import Array
 from export.cost import bytes_per_sample
 from export.graph import Builder, attribute, clone, dims, tidy, values
@@ -278,6 +279,7 @@ def _rows_are_independent(prefix: ir.Model, x: Array) -> bool:
     model.ir_version = 10
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 4
+    options.add_session_config_entry(*FLOAT_PRODUCTS)
     session = onnxruntime.InferenceSession(
         ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
