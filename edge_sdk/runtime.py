@@ -30,6 +30,7 @@ from edge_sdk.tensors import Array, Tensors
 __all__ = ["NonFiniteLoss", "Predictor", "RuntimeProfile", "StepInterrupted", "StepResult", "Stepper", "open_session"]
 
 _STATE = re.compile(r"(p|s\d+|e|n|a)\.(.+)")
+_GIVEN = ("p.", "n.", "c.")  # classes of inputs that come with the start
 _NEXT = ".next"
 _DTYPES: Mapping[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
@@ -138,6 +139,7 @@ class Stepper:
             if name.startswith("r.")
         }
         self._weighted = WEIGHT in inputs
+        self._rests = {bundle.tensors[name].graph_name for name in program.constants}
         self._state = [name for name in inputs if self._is_state(name)]
         self._hyper = {
             name.removeprefix("h."): np.zeros((), _DTYPES[kind])
@@ -327,7 +329,7 @@ class Stepper:
     def _is_state(self, name: str) -> bool:
         match = _STATE.fullmatch(name)
         # Where a program only accumulates, its other tensors are constants of the task.
-        return match is not None and (not self._program.accumulates or match[1] == "a")
+        return match is not None and (match[1] == "a" if self._program.accumulates else name not in self._rests)
 
     def _check_signatures(self, sessions: list[onnxruntime.InferenceSession]) -> None:
         """I3: all variants have the same signature; I7: what the prefix makes is what the step reads."""
@@ -358,7 +360,7 @@ class Stepper:
         for name in self._state:
             if inputs[name] != made[name + _NEXT]:
                 raise self._broken(f"I1: {name} and {name}{_NEXT} differ in shape or dtype")
-        table = {self._bundle.tensors[name].graph_name: self._bundle.tensors[name] for name in self._program.tensors}
+        table = {self._bundle.tensors[name].graph_name: self._bundle.tensors[name] for name in self._program.reads}
         for name, entry in table.items():
             if name in inputs and entry.shape != inputs[name][1]:
                 raise self._broken(
@@ -367,9 +369,9 @@ class Stepper:
         for name in inputs:
             if name.startswith("d.") and name != WEIGHT and name not in self._fields:
                 raise self._broken(f"the graph reads {name}, which is no field of the bundle")
-            if name.startswith(("p.", "n.", "a.")) and name not in table:
+            if name.startswith((*_GIVEN, "a.")) and name not in table:
                 raise self._broken(f"I4: the graph reads {name}, which is no tensor of the program")
-            if not name.startswith(("d.", "f.", "r.", "h.", "p0.")) and not _STATE.fullmatch(name):
+            if not name.startswith(("d.", "f.", "r.", "h.", "p0.", "c.")) and not _STATE.fullmatch(name):
                 raise self._broken(f"this version cannot fill the graph's input {name}: upgrade edgewise")
         missing = [name for name in table if name not in inputs]
         if missing:
@@ -379,7 +381,7 @@ class Stepper:
         self, inputs: Mapping[str, tuple[str, tuple[int | str, ...]]], start: Tensors
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         """Two sets of state buffers; the first holds the start values of step-graphs.md, section 2.2."""
-        given = _by_graph_name(self._bundle, self._program, start, [n for n in inputs if n.startswith(("p.", "n."))])
+        given = _by_graph_name(self._bundle, self._program, start, [n for n in inputs if n.startswith(_GIVEN)])
         first: dict[str, Array] = {}
         for name in self._state:
             kind, tensor = name.split(".", 1)
@@ -395,7 +397,7 @@ class Stepper:
     def _constant_tensors(
         self, inputs: Mapping[str, tuple[str, tuple[int | str, ...]]], start: Tensors
     ) -> dict[str, Array]:
-        names = [name for name in inputs if name.startswith(("p.", "n.", "p0.")) and name not in self._state]
+        names = [name for name in inputs if name.startswith((*_GIVEN, "p0.")) and name not in self._state]
         return {name: np.array(start[name.split(".", 1)[1]], order="C") for name in names}
 
     def _bind(
@@ -514,7 +516,7 @@ class _Halves:
 def _by_graph_name(bundle: Bundle, program: Program, tensors: Tensors, wanted: list[str]) -> dict[str, Array]:
     """Tensors by table name -> by graph name, each checked against the table; only those that are wanted."""
     found = {}
-    for name in program.tensors:
+    for name in program.reads:
         entry = bundle.tensors[name]
         if entry.kind == "a" or entry.graph_name not in wanted:
             continue

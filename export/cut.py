@@ -1,6 +1,6 @@
 """The cut: a forward graph in two, the frozen `prefix` up to the first trained tensor and the rest (step-graphs.md, 4.1).
 
-    D   values that depend on an input other than d.x, r.* and c.*      (they move while a task trains)
+    D   values that depend on an input other than d.x and r.*           (they move, from step to step or round to round)
     X   values that depend on d.x or r.* and are not in D               (they do not)
     frontier: the values of X that a node of D reads, except through Shape
 
@@ -63,6 +63,9 @@ class Features:
     values: tuple[str, ...] = ()
 
 
+NOTHING_FROZEN: Final = Features(False, "no frozen prefix")
+
+
 @dataclass(frozen=True)
 class Cut:
     """`prefix`: `d.x` in, `f.*` out, None where nothing worth a graph is frozen. `rest`: the forward graph behind it."""
@@ -77,18 +80,18 @@ class Cut:
         return len(self.features.values) > 1
 
 
-def cut(forward: ir.Model, example: Array | None = None) -> Cut:
+def cut(forward: ir.Model, example: Array) -> Cut:
     """Cut a forward graph (`d.x`, `p.*` in; one output) at its frozen frontier.
 
-    Shapes must be inferred. With an `example` of `d.x` `[n, *shape]`, n of 2 or more, the rows of the prefix are tried
-    for independence: only then are its features cacheable.
+    Shapes must be inferred. On the `example` of `d.x` `[n, *shape]`, n of 2 or more, the rows of the prefix are tried for
+    independence: only then are its features cacheable.
     """
     graph = forward.graph
-    moving = _depending(graph, [v for v in graph.inputs if v.name != INPUT and _kind(v) not in ("r", "c")])
+    moving = _depending(graph, [v for v in graph.inputs if v.name != INPUT and _kind(v) != "r"])
     fixed = _depending(graph, [v for v in graph.inputs if v.name == INPUT or _kind(v) == "r"]) - moving
     frontier = _frontier(graph, moving, fixed)
     if not _worth_it(graph, frontier, fixed):
-        return Cut(None, forward, Features(False, "no frozen prefix"))
+        return Cut(None, forward, NOTHING_FROZEN)
     names = [str(value.name) for value in frontier]
     prefix, rest = _prefix(forward, names), _rest(forward, names)
     kinds = sorted({value.dtype.numpy().name for value in frontier if value.dtype is not None})
@@ -257,15 +260,13 @@ def _rewire_shapes(graph: ir.Graph, features: Sequence[ir.Value]) -> None:
         ir.convenience.replace_all_uses_with(node.outputs[0], whole)
 
 
-def _why_not_cacheable(prefix: ir.Model, example: Array | None) -> str:
+def _why_not_cacheable(prefix: ir.Model, example: Array) -> str:
     """Why the features of a sample may not be kept; empty if they depend on that sample and on nothing else."""
     if any(_kind(value) == "r" for value in prefix.graph.inputs):
         return "random views"
     for node in prefix.graph:
         if node.op_type == "DynamicQuantizeLinear":
             return f"node {node.name!r} (DynamicQuantizeLinear) takes its scale from the whole batch"
-    if example is None or len(example) < 2:
-        return "its rows were not tried for independence: no example"
     return (
         ""
         if _rows_are_independent(prefix, example[:8])

@@ -12,7 +12,7 @@
     [[program]]                                one per thing that devices may train
     scope = "lora"                             "lora" | "head" | "layer" | "full"
     precision = "int8"                         of the frozen part: "int8" | "float"
-    optimizer = "adamw"                        "adamw" | "sgd"
+    optimizer = "adamw"                        "adamw" | "sgd", each also with "+prox" (FedProx)
     batch = 32                                 default batch size
     accumulate = true                          optional: devices may train on larger batches, in parts of at most
     largest = 32                               this many samples (default: batch); needs two more graphs

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from edge_sdk.tensors import Array
-from export.cut import Features, cut
+from export.cut import NOTHING_FROZEN, Cut, Features, cut
 from export.decompose import decompose
 from export.errors import ContractError
 from export.gradients import differentiate
@@ -35,16 +35,14 @@ INPUTS_LIMIT = 4_096
 class Graphs:
     """The graphs of one program that trains, and of the one that evaluates it.
 
-    `prefix` is None where nothing is frozen below the trained tensors; `step` and `evaluate` read its features. `whole`
-    is the uncut graph of loss and gradients, for the proof. `gradients` and `apply` are `step` in two, for batches that
-    do not fit at once.
+    `prefix` is None where nothing is frozen below the trained tensors; `step` and `evaluate` read its features.
+    `gradients` and `apply` are `step` in two, for batches that do not fit at once.
     """
 
     infer: ir.Model
     prefix: ir.Model | None
     step: ir.Model
     evaluate: ir.Model
-    whole: ir.Model
     gradients: ir.Model
     apply: ir.Model
     accumulators: tuple[Accumulator, ...]
@@ -65,10 +63,12 @@ def build_graphs(
     optimizer: Optimizer,
     program_id: str,
     example: Array | None = None,
+    constants: Sequence[Trainable] = (),
 ) -> Graphs:
     """All graphs of a program from `forward` (`d.x`, `p.*` in; one output). Raises `ExportError`.
 
-    `example`: of `d.x`, to find out whether features of the prefix may be kept.
+    `example`: of `d.x` `[n, *shape]`, by which the frozen part is tried for what may be kept of it; without one nothing is
+    cut off. `constants`: further inputs, which are given with the start and do not train.
     """
     names = [trainable.name for trainable in trainables]
     accumulators: list[Accumulator] = []
@@ -76,34 +76,58 @@ def build_graphs(
     def accumulate(b: Builder, output: ir.Value, target: ir.Value, weight: ir.Value) -> None:
         accumulators.extend(_accumulate(b, loss, output, target, weight))
 
-    def gradients(b: Builder, output: ir.Value, target: ir.Value, weight: ir.Value) -> None:
-        for p, found in _differentiated(b, loss, output, target, weight, names).items():
-            named = b.op("Identity", found, name=f"grad.{_table_name(p)}")
-            named.shape, named.type = p.shape, p.type
-            b.graph.outputs.append(named)
-
     def step(b: Builder, output: ir.Value, target: ir.Value, weight: ir.Value) -> None:
         _, outputs = append_optimizer(b, optimizer, _differentiated(b, loss, output, target, weight, names))
         b.graph.outputs.extend(outputs)
 
     infer = clone(forward)
     infer.graph.outputs[0].name = "y.0"
-    parts = cut(forward, example)
+    parts = Cut(None, forward, NOTHING_FROZEN) if example is None else cut(forward, example)
     graphs = Graphs(
         infer=_finished(infer, program_id),
         prefix=None if parts.prefix is None else _finished(parts.prefix, program_id),
         step=_with_loss(parts.rest, loss, step, program_id),
         evaluate=_with_loss(parts.rest, loss, accumulate, program_id),
-        whole=_with_loss(forward, loss, gradients, program_id),
-        gradients=_with_loss(parts.rest, loss, gradients, program_id),
+        gradients=gradients_graph(parts.rest, trainables, loss, program_id),
         apply=_finished(_apply(trainables, optimizer), program_id),
         accumulators=tuple(accumulators),
         features=parts.features,
     )
     for model in graphs.files(accumulate=True).values():
-        check_contract(model, program_id)
-    check_program(graphs, {t.name: t.value.shape for t in trainables}, program_id)
+        check_contract(model, program_id, rests=[t.graph_name for t in constants])
+    table = {t.graph_name: t.value.shape for t in (*trainables, *constants)}
+    check_program(graphs, table, program_id)
     return graphs
+
+
+def gradients_graph(forward: ir.Model, trainables: Sequence[Trainable], loss: Loss, program_id: str) -> ir.Model:
+    """Loss and `grad.<t>` of every trainable: what a proof looks at."""
+    names = [trainable.name for trainable in trainables]
+
+    def gradients(b: Builder, output: ir.Value, target: ir.Value, weight: ir.Value) -> None:
+        for p, found in _differentiated(b, loss, output, target, weight, names).items():
+            named = b.op("Identity", found, name=f"grad.{_table_name(p)}")
+            named.shape, named.type = p.shape, p.type
+            b.graph.outputs.append(named)
+
+    return _with_loss(forward, loss, gradients, program_id)
+
+
+def proof_constants(constants: Sequence[Trainable], seed: int) -> dict[str, Array]:
+    """Values for the constants of a round in a proof, by graph name: none is zero, or it would hide a gradient."""
+    draw = np.random.Generator(np.random.Philox(key=seed))
+    return {c.graph_name: (c.value + draw.normal(0, 0.1, c.value.shape)).astype(np.float32) for c in constants}
+
+
+def with_constants(forward: ir.Model, values: Mapping[str, Array]) -> ir.Model:
+    """The graph with these inputs made constants."""
+    model = clone(forward)
+    for value in list(model.graph.inputs):
+        if value.name in values:
+            model.graph.inputs.remove(value)
+            value.const_value = ir.tensor(values[str(value.name)], name=value.name)
+            model.graph.register_initializer(value)
+    return model
 
 
 def loss_graph(forward: ir.Model, loss: Loss) -> ir.Model:
@@ -214,8 +238,11 @@ _STATE = re.compile(r"(p|s\d+|e|n|a)\.[A-Za-z0-9_.]+")
 _NAME = re.compile(r"(d|f|r|grad|p|s\d+|e|n|a|p0|c|h)\.[A-Za-z0-9_.]+")
 
 
-def check_contract(model: ir.Model, program_id: str) -> None:
-    """Names, I1, I9 and I13 of step-graphs.md, section 2, for one graph. Raises `ContractError` naming invariant and value."""
+def check_contract(model: ir.Model, program_id: str, rests: Collection[str] = ()) -> None:
+    """Names, I1, I9 and I13 of step-graphs.md, section 2, for one graph. Raises `ContractError` naming invariant and value.
+
+    `rests`: inputs of a class of state that are given and stay as they are.
+    """
     graph = model.graph
     for node in graph:
         if node.domain not in ("", "ai.onnx"):
@@ -237,25 +264,31 @@ def check_contract(model: ir.Model, program_id: str) -> None:
     written = {name.split(".", 1)[0] for name in new}
     for name in inputs if written else ():
         held = _STATE.fullmatch(name)
-        if held is not None and (held[1] == "a" or written != {"a"}) and f"{name}.next" not in new:
+        if (
+            name not in rests
+            and held is not None
+            and (held[1] == "a" or written != {"a"})
+            and f"{name}.next" not in new
+        ):
             raise _broken(program_id, "I1", f"{name} has no output {name}.next")
 
 
 def check_program(graphs: Graphs, table: Mapping[str, tuple[int, ...]], program_id: str) -> None:
     """I4 and I7: the graphs of a program agree with the tensor table and with each other. Raises `ContractError`.
 
-    `table`: the shape of every trained tensor by name.
+    `table`: the shape of every tensor that trains or is given with the start, by graph name.
     """
     for kind, model in graphs.files(accumulate=True).items():
         for value in model.graph.inputs:
             name = str(value.name)
-            if name.startswith("p.") and table.get(_table_name(value)) != dims(value):
-                expected = table.get(_table_name(value))
-                raise _broken(program_id, "I4", f"{name} of {kind} is {list(dims(value))}, the table has {expected}")
-    trained = {_table_name(value) for value in graphs.step.graph.inputs if str(value.name).startswith("p.")}
+            if name.startswith(("p.", "n.", "c.")) and table.get(name) != dims(value):
+                raise _broken(
+                    program_id, "I4", f"{name} of {kind} is {list(dims(value))}, the table has {table.get(name)}"
+                )
+    read_by_step = {str(value.name) for value in graphs.step.graph.inputs}
     for name in table:
-        if name not in trained:
-            raise _broken(program_id, "I4", f"the step does not read p.{name}")
+        if name not in read_by_step:
+            raise _broken(program_id, "I4", f"the step does not read {name}")
     made = {} if graphs.prefix is None else {str(value.name): value for value in graphs.prefix.graph.outputs}
     for kind, model in {"step": graphs.step, "evaluate": graphs.evaluate, "gradients": graphs.gradients}.items():
         read = {str(value.name): value for value in model.graph.inputs if str(value.name).startswith("f.")}

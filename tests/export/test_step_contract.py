@@ -30,7 +30,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Graphs, dict[str, tu
     applied = scope_named("layer", {"modules": ["b", "c"]}).apply(model, trainable_constants(model.graph), 0)
     loss, optimizer = loss_named("cross_entropy"), optimizer_named("adamw")
     graphs = build_graphs(model, applied.trainables, loss, optimizer, "net", cut_data(8)[0])
-    return graphs, {t.name: t.value.shape for t in applied.trainables}
+    return graphs, {t.graph_name: t.value.shape for t in applied.trainables}
 
 
 @pytest.fixture
@@ -105,9 +105,9 @@ def test_graphs_that_do_not_fit_each_other_are_not_written(made: tuple[Graphs, d
     graphs, table = made
     check_program(graphs, table, "net")
     with pytest.raises(ContractError, match=r"net: I4: p\.c\.bias of \w+ is \[3\], the table has \(4,\)"):
-        check_program(graphs, {**table, "c.bias": (4,)}, "net")
+        check_program(graphs, {**table, "p.c.bias": (4,)}, "net")
     with pytest.raises(ContractError, match=r"net: I4: the step does not read p\.more"):
-        check_program(graphs, {**table, "more": (4,)}, "net")
+        check_program(graphs, {**table, "p.more": (4,)}, "net")
     assert graphs.prefix is not None
     wide = clone(graphs.prefix)
     wide.graph.outputs[0].shape = ir.Shape(("batch", 13))
