@@ -72,7 +72,7 @@ class Predictor:
         self._outputs = [value.name for value in self._session.get_outputs()]
         self._program, self._bundle = program, bundle
         for name, _, shape in inputs_of(self._session):
-            entry = next((e for t in program.tensors if (e := bundle.tensors[t]).graph_name == name), None)
+            entry = next((e for t in program.reads if (e := bundle.tensors[t]).graph_name == name), None)
             if name not in self._fields and (entry is None or entry.shape != shape):
                 raise BundleError(
                     f"{bundle.path}: the graphs of program {program.id!r} do not fit their contract: I4: "
