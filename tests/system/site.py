@@ -10,21 +10,30 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
 from aggregator.job import load_job
 from aggregator.journal import Status, read_status
 from aggregator.service import Service
+from devices.authority import Authority
+from devices.authority import Site as AuthoritySite
 from devices.cli import make_keys
+from devices.device_folder import DeviceFolder, Settings
+from devices.enroll import enroll
 from devices.registry import Entry, Registry
 from edge_sdk import EdgeDevice
 from edge_sdk.keys import SigningKey
+from edge_sdk.tls import TlsFiles
 from tests.tiny_bundle import HEAD, tiny_bundle, tiny_data
 
 
 class Site:
-    """`job` holds overrides of the job file by dotted key; `data` how many samples each device has."""
+    """`job` holds overrides of the job file by dotted key; `samples` is how many each device has.
+
+    With `tls` there is a certificate authority, and every connection is mutual TLS.
+    """
 
     def __init__(
         self,
@@ -36,6 +45,7 @@ class Site:
         samples: int = 60,
         broker: str | None = None,
         limits: dict[str, Any] | None = None,
+        tls: bool = False,
     ) -> None:
         self.folder = folder
         self.ids = list(devices)
@@ -43,20 +53,37 @@ class Site:
         self.bundle = tiny_bundle(folder / "tiny.bundle", features=features)
         self.keys = make_keys(folder / "keys")
         self.port = free_port()
-        self.broker = broker or f"mqtt://127.0.0.1:{self.port}"
-        registry = Registry()
+        self.broker = broker or f"{'mqtts' if tls else 'mqtt'}://127.0.0.1:{self.port}"
+        security = folder / "security"
+        self.authority = Authority.create(security, AuthoritySite.at("test", self.broker)) if tls else None
+        self.registry = security / "devices.json" if tls else folder / "devices.json"
+        if not tls:
+            self.registry.write_text('{"devices": []}')
         for number, device in enumerate(devices):
-            (folder / device).mkdir()
-            key = SigningKey.generate(folder / device / "device.key")
-            registry.add(Entry(device, key.verify_key.text))
-            self._write_device(device, limits or {})
+            self.add_device(device, limits or {})
             with EdgeDevice.open(self.config(device)) as opened:
                 x, y = tiny_data(samples, features=features, seed=number + 10)
                 opened.record_many(x, y, recording="all")
-        registry.save(folder / "devices.json")
         self.job = folder / "job.toml"
         self._settings, self._own_broker = dict(job or {}), broker is None
         self.write_job(self._settings)
+
+    def add_device(self, device: str, limits: dict[str, Any]) -> None:
+        (self.folder / device).mkdir()
+        if self.authority is not None:
+            settings = Settings("test", "tiny", self.broker, "../tiny.bundle", self.keys["control_public"])
+            enroll(self.authority, device, self.folder / device, settings)
+            (self.folder / device / f"{device}.key").rename(self.folder / device / "device.key")
+        else:
+            registry = Registry.load(self.registry)
+            key = SigningKey.generate(self.folder / device / "device.key")
+            registry.add(Entry(device, key.verify_key.text))
+            registry.save(self.registry)
+        self._write_device(device, limits)
+
+    def tls(self, device: str) -> TlsFiles | None:
+        """What a device connects with."""
+        return None if self.authority is None else DeviceFolder(self.folder / device, device).tls
 
     def _write_device(self, device: str, limits: dict[str, Any]) -> None:
         values = {
@@ -72,6 +99,8 @@ class Site:
         lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
         if limits:
             lines += ["[limits]", *(f"{name} = {value}" for name, value in limits.items())]
+        if files := self.tls(device):
+            lines += ["[tls]", *(f"{name} = {json.dumps(str(path))}" for name, path in asdict(files).items())]
         self.config(device).write_text("\n".join(lines) + "\n")
 
     def config(self, device: str) -> Path:
@@ -91,7 +120,8 @@ class Site:
             "rounds": 2,
             "state": "state",
             "keys.control": "keys/control.key",
-            "devices.registry": "devices.json",
+            "devices.registry": str(self.registry),
+            **({} if self.authority is None else {"security.folder": str(self.authority.folder.gateway)}),
             "round.devices_wait": len(self.ids),
             "round.deadline_seconds": 60,
             "task.steps": 10,
