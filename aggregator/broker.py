@@ -102,8 +102,8 @@ def render_config(
     With `roles_plugin` (dynamic-security) the listener speaks TLS and asks for certificates. `persistence_plugin` is the one
     of 2.1, which replaces the file that 2.0 writes. Raises `BrokerError` for an address beyond this machine without TLS.
     """
-    if roles_plugin is None and not ipaddress.ip_address(address).is_loopback:
-        raise BrokerError(f"without TLS the broker listens on loopback only, not at {address}: give security.folder")
+    if roles_plugin is None:
+        _check_loopback(address)
     lines = ["# Written by Edgewise at every start; changes are lost.", f"listener {port} {address}"]
     if roles_plugin is None:
         lines += ["allow_anonymous true"]
@@ -135,6 +135,11 @@ def render_config(
         lines += ["persistence_location ./", f"plugin {persistence_plugin}", "plugin_opt_sync normal"]
     lines += ["log_dest stderr", *(f"log_type {kind}" for kind in ("error", "warning", "notice"))]
     return "\n".join([*lines, "connection_messages false", ""])
+
+
+def _check_loopback(address: str) -> None:
+    if not ipaddress.ip_address(address).is_loopback:
+        raise BrokerError(f"without TLS the broker listens on loopback only, not at {address}: give security.folder")
 
 
 def render_iotcore(port: int, port_v5: int) -> str:
@@ -234,6 +239,8 @@ class Broker:
 
     def start(self) -> str:
         """Start it and wait until it answers; return its address. Raises `BrokerError` and `MissingDependency`."""
+        if self._security is None:
+            _check_loopback(self._settings.address)
         self.kind = self._choose()
         if self.kind == "external":
             assert self._settings.url is not None

@@ -240,8 +240,10 @@ class Authority:
         self.write_crl(now=now)
 
     def write_crl(self, *, now: dt.datetime | None = None) -> None:
-        """Write the revocation list."""
-        now = now or _now()
+        """Write the revocation list, unless it says just this already: a new one restarts the broker."""
+        now, path = now or _now(), self.folder.gateway / "crl.pem"
+        if path.exists() and _load_crl(path) == (self._certificate.subject, set(self._revoked())):
+            return
         builder = (
             x509.CertificateRevocationListBuilder()
             .issuer_name(self._certificate.subject)
@@ -255,7 +257,7 @@ class Authority:
             row = x509.RevokedCertificateBuilder().serial_number(int(serial, 16)).revocation_date(at).build()
             builder = builder.add_revoked_certificate(row)
         signed = builder.sign(self._key, hashes.SHA256())
-        write(self.folder.gateway / "crl.pem", signed.public_bytes(serialization.Encoding.PEM))
+        write(path, signed.public_bytes(serialization.Encoding.PEM))
 
     def _revoked(self) -> dict[str, int]:
         with contextlib.suppress(FileNotFoundError):
@@ -424,6 +426,15 @@ def _load_certificate(path: Path) -> x509.Certificate:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except (OSError, ValueError) as error:
         raise AuthorityError(f"{path}: no certificate in PEM format ({error})") from error
+
+
+def _load_crl(path: Path) -> tuple[x509.Name, set[str]] | None:
+    """Issuer and serials of a list; None for a file that is none."""
+    try:
+        held = x509.load_pem_x509_crl(path.read_bytes())
+    except ValueError:
+        return None
+    return held.issuer, {format(row.serial_number, "x") for row in held}
 
 
 def _now() -> dt.datetime:

@@ -22,10 +22,8 @@ from devices.authority import Authority, AuthorityError, Site, read_request
 from devices.enroll import Request, request, revoke
 from devices.registry import RegistryError
 from devices.roles import CONTROL
-from edge_sdk.link import LinkDown, LinkUp
 from edge_sdk.tls import TlsFiles
 from tests.security.rig import SITE, YESTERDAY, Rig, refused_by_tls
-from tests.transport.conftest import Peer
 
 DENIED = "Not authorized"
 UP, DOWN = SITE.metrics("dev-001"), SITE.command("dev-001")
@@ -307,18 +305,6 @@ def test_what_was_revoked_while_the_broker_was_down_stays_out(own_rig: Rig) -> N
     assert refused_by_tls(rig.client("dev-001").connect)
     rig.client("dev-002").connect()
     assert revoke(rig.authority, "dev-001").confirmed
-
-
-def test_the_wrong_host_name_is_refused_by_the_device(rig: Rig) -> None:
-    other = rig.url.replace("127.0.0.1", "127.0.0.2")  # a loopback address that the certificate does not name
-    peer = Peer(rig.url, "dev-001", tls=rig.identity("dev-001"))
-    peer.link._host = "127.0.0.2"
-    assert other != rig.url
-    peer.link.connect()
-    assert peer.wait(LinkDown)
-    good = Peer(rig.url, "dev-001", tls=rig.identity("dev-001"))
-    assert isinstance(good.up(), LinkUp)
-    good.link.close()
 
 
 def _self_signed(rig: Rig, name: str) -> TlsFiles:
