@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 TORCH ?= torch==2.13.0
 OLDEST_ONNXRUNTIME ?= onnxruntime==1.23.2
 ARGS ?=
-BENCHMARKS = watch footprint
+BENCHMARKS = watch footprint step
 
 sources := $(shell find edge_sdk aggregator export devices -name '*.py')
 

@@ -1,6 +1,8 @@
 """Whether the body of an update may be merged: shapes, finite numbers, and a norm that is not absurd.
 
-The bound depends on closed rounds only, never on what arrived in this one, so the order of arrival decides nothing.
+The norm of a change is that of what it does to the model: for a LoRA pair `|| P - P_start ||`, the product of the factors,
+which is the same in every basis; for other tensors the difference itself. The bound depends on closed rounds only, never
+on what arrived in this one, so the order of arrival decides nothing.
 """
 
 from __future__ import annotations
@@ -9,10 +11,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from aggregator.merge.lora import change_of, pairs_of
 from edge_sdk.bundle import Program, TensorEntry
 from edge_sdk.errors import EdgewiseError, UpdateError
 from edge_sdk.tensors import Array, Tensors
-from edge_sdk.update import decode_update
+from edge_sdk.update import KINDS, decode_update
 
 _TIMES_MEDIAN = 10.0
 _FIRST_ROUND = 1000.0
@@ -35,22 +38,33 @@ def admit(
     *,
     start_digest: str | None = None,
     norm_bound: float | None,
+    encodings: Sequence[str] = KINDS,
 ) -> dict[str, Array]:
-    """Decode a body into absolute tensors, or raise `Refused`. `norm_bound` limits the Frobenius norm of the change."""
+    """Decode a body into absolute tensors, or raise `Refused`. `norm_bound` limits the Frobenius norm of the change,
+    `encodings` the kinds of encoding.
+    """
     try:
-        tensors = decode_update(body, program, table, start, start_digest)
+        tensors = decode_update(body, program, table, start, start_digest, allowed=encodings)
     except UpdateError as error:
         raise Refused(error.reason, error.detail) from error
     if norm_bound is not None:
-        norm = change_norm(tensors, start)
+        norm = change_norm(tensors, start, program, table)
         if not norm <= norm_bound:
             raise Refused("norm", f"the change has norm {norm:.3g}, at most {norm_bound:.3g} is accepted")
     return tensors
 
 
-def change_norm(tensors: Tensors, start: Tensors) -> float:
-    """The Frobenius norm of the change over all tensors that have a start, in float64."""
-    squares = (np.sum((tensors[n].astype(np.float64) - start[n]) ** 2) for n in sorted(start) if n in tensors)
+def change_norm(tensors: Tensors, start: Tensors, program: Program, table: Mapping[str, TensorEntry]) -> float:
+    """The Frobenius norm of what an update does to the model, in float64."""
+    pairs = pairs_of(program, table)
+    paired = {name for pair in pairs.values() for name in (pair.a, pair.b)}
+    moved = {**start, **tensors}
+    squares = [change_of(pair, moved, start) ** 2 for pair in pairs.values()]
+    squares += [
+        float(np.sum((tensors[n].astype(np.float64) - start[n]) ** 2))
+        for n in sorted(start)
+        if n in tensors and n not in paired
+    ]
     return float(np.sqrt(sum(squares)))
 
 

@@ -286,7 +286,9 @@ class TasksIssued(Event):
 
 @dataclass(frozen=True)
 class PhaseClosed(Event):
-    """Uploads for the open tasks are no longer welcome."""
+    """Uploads for the open tasks are no longer welcome, but for those of the devices `keep`."""
+
+    keep: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -690,10 +692,13 @@ def _tasks_issued(state: Intake, event: TasksIssued) -> Result:
     return replace(state, tasks=MappingProxyType({**state.tasks, **event.tasks})), ()
 
 
-def _phase_closed(state: Intake, _event: PhaseClosed) -> Result:
-    closed = [key for key, progress in state.uploads.items() if progress.stage is Stage.OPEN]
+def _phase_closed(state: Intake, event: PhaseClosed) -> Result:
+    closed = [
+        key for key, progress in state.uploads.items() if progress.stage is Stage.OPEN and key[0] not in event.keep
+    ]
+    kept = MappingProxyType({device: task for device, task in state.tasks.items() if device in event.keep})
     effects = tuple(DropOffer(*key) for key in closed)
-    return replace(state, uploads=_without(state.uploads, *closed), tasks=_empty()), effects
+    return replace(state, uploads=_without(state.uploads, *closed), tasks=kept), effects
 
 
 def _revoked(state: Intake, event: Revoked) -> Result:

@@ -11,15 +11,19 @@ import ipaddress
 import math
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aggregator.merge import MergeError, merger_for
-from edge_sdk.bundle import Bundle
+from aggregator.assign.programs import plan_of
+from aggregator.merge import MergeError, rule_named
+from aggregator.merge.server import OPTIMIZERS
+from aggregator.merge.settings import LoraSettings, MergeSettings, RobustSettings, ServerSettings
+from edge_sdk.bundle import Bundle, Program
+from edge_sdk.codecs import DENSITY_LIMIT
 from edge_sdk.errors import EdgewiseError
-from edge_sdk.update import KINDS
+from edge_sdk.update import COMPRESSIONS, KINDS, compresses_with_zstd
 
 
 class JobError(EdgewiseError):
@@ -28,7 +32,10 @@ class JobError(EdgewiseError):
 
 @dataclass(frozen=True)
 class Key:
-    """One key: its dotted path, type, default (None: no default), what it means, and what its value must satisfy."""
+    """One key: its dotted path, type, default (None: no default), what it means, and what its value must satisfy.
+
+    `of` is the type of the items of a table or list.
+    """
 
     path: str
     kind: type[Any]
@@ -37,6 +44,7 @@ class Key:
     expected: str = ""
     holds: Callable[[Any], bool] = lambda value: True
     required: bool = False
+    of: type[Any] = float
 
 
 _SEGMENT = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
@@ -100,6 +108,14 @@ KEYS: tuple[Key, ...] = (
     Key("round.deadline_seconds", float, 600.0, "The longest that a round may take.", **_POSITIVE),
     Key("round.devices_wait", int, 1, "Devices that must be online before a round opens.", **_POSITIVE),
     Key("round.evaluate_share", float, 0.3, "Last part of the round kept for the devices' evaluation.", **_SHARE),
+    Key(
+        "round.buffer",
+        int,
+        0,
+        "Above 0: buffered rounds, merged after so many updates; slow devices go on training.",
+        **_NOT_NEGATIVE,
+    ),
+    Key("round.max_staleness", int, 0, "Buffered rounds: how many rounds late an update may be.", **_NOT_NEGATIVE),
     Key("task.steps", int, 0, "Steps of one task; give this or `task.epochs`.", **_NOT_NEGATIVE),
     Key("task.epochs", int, 0, "Passes over a device's samples in one task.", **_NOT_NEGATIVE),
     Key("task.batch_size", int, 32, "Samples of one step.", **_POSITIVE),
@@ -108,7 +124,57 @@ KEYS: tuple[Key, ...] = (
     Key("task.final_fraction", float, 0.1, "`linear`: what is left of it in the last round.", **_SHARE),
     Key("task.hyper", dict, {}, "Further hyper-parameters of the program, by name."),
     Key("task.encoding", str, "int8_row", "How updates travel.", **_one_of(*KINDS)),
-    Key("merge.rule", str, "mean", "Which rule merges: an entry point of the group `edgewise.mergers`."),
+    Key(
+        "assign.programs", dict, {}, "Programs of devices that do not train `program`, by device: other ranks.", of=str
+    ),
+    Key("assign.cycle", list, [], "Programs that all devices train in turn, one a round: `alternate`.", of=str),
+    Key("task.encodings_allowed", list, [], "Kinds that a device may take instead, by its own `encoding`.", of=str),
+    Key(
+        "task.density",
+        float,
+        0.1,
+        "`top_k`: the share of numbers that travels.",
+        expected="above 0 to 0.5",
+        holds=lambda v: 0 < v <= DENSITY_LIMIT,
+    ),
+    Key("task.compression", str, "zlib", "What packs an update where it pays.", **_one_of(*COMPRESSIONS)),
+    Key(
+        "merge.rule",
+        str,
+        None,
+        "Which rule merges: an entry point of the group `edgewise.mergers`; "
+        "without it `product_svd` for LoRA programs, `mean` for others.",
+    ),
+    Key("merge.weights", str, "examples", "What an update counts.", **_one_of("examples", "uniform")),
+    Key("merge.lora.rank", int, 0, "Directions that are kept; 0: the rank of the program.", **_NOT_NEGATIVE),
+    Key("merge.lora.energy", float, 0.0, "Above 0: the smallest rank with this share of the squares.", **_SHARE),
+    Key("merge.lora.balance", str, "even", "How factors share singular values.", **_one_of("even", "unit_a")),
+    Key(
+        "merge.lora.mode",
+        str,
+        "auto",
+        "Whether products or their changes are averaged.",
+        **_one_of("auto", "mean", "change"),
+    ),
+    Key("merge.lora.residual", str, "drop", "Where the tail of the cut goes.", **_one_of("drop", "base")),
+    Key("merge.lora.fair_lambda", float, 0.01, "`fair`: the damping of its system.", **_POSITIVE),
+    Key(
+        "merge.robust.attackers",
+        float,
+        0.2,
+        "Share of updates that may be hostile.",
+        expected="from 0 to below 0.5",
+        holds=lambda v: 0 <= v < 0.5,
+    ),
+    Key(
+        "merge.robust.keep", int, 0, "`multi_krum`: updates that are averaged; 0: all but the hostile.", **_NOT_NEGATIVE
+    ),
+    Key("merge.robust.clip", float, 0.0, "`norm_clip`: the largest norm of a change; 0: the median.", **_NOT_NEGATIVE),
+    Key("merge.server.optimizer", str, "none", "What takes the merged change for a gradient.", **_one_of(*OPTIMIZERS)),
+    Key("merge.server.learning_rate", float, 1.0, "Its learning rate.", **_POSITIVE),
+    Key("merge.server.beta1", float, 0.9, "Its momentum.", **_SHARE),
+    Key("merge.server.beta2", float, 0.99, "`adam`, `yogi`: the decay of the second moment.", **_SHARE),
+    Key("merge.server.tau", float, 1e-3, "`adam`, `yogi`: what keeps their steps small.", **_POSITIVE),
     Key("gate.enabled", bool, True, "Whether a merged model must prove itself on held-out samples."),
     Key("gate.tolerance", float, 0.02, "How much worse than its predecessor a model may score.", **_NOT_NEGATIVE),
     Key("gate.min_examples", int, 1, "Fewer held-out samples than this are no evidence.", **_POSITIVE),
@@ -168,6 +234,8 @@ class RoundSettings:
     deadline_seconds: float
     devices_wait: int
     evaluate_share: float
+    buffer: int = 0
+    max_staleness: int = 0
 
 
 @dataclass(frozen=True)
@@ -181,14 +249,18 @@ class TaskSettings:
     schedule: str
     final_fraction: float
     encoding: str
+    encodings_allowed: Sequence[str] = ()
+    density: float = 0.1
+    compression: str = "zlib"
     hyper: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class MergeSettings:
-    """`[merge]`."""
+class AssignSettings:
+    """`[assign]`."""
 
-    rule: str
+    programs: Mapping[str, str]
+    cycle: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -237,6 +309,7 @@ class Job:
     security: SecuritySettings
     round: RoundSettings
     task: TaskSettings
+    assign: AssignSettings
     merge: MergeSettings
     gate: GateSettings
     limits: LimitSettings
@@ -250,7 +323,11 @@ _TABLES: Mapping[str, type[Any]] = {
     "security": SecuritySettings,
     "round": RoundSettings,
     "task": TaskSettings,
+    "assign": AssignSettings,
     "merge": MergeSettings,
+    "merge.lora": LoraSettings,
+    "merge.robust": RobustSettings,
+    "merge.server": ServerSettings,
     "gate": GateSettings,
     "limits": LimitSettings,
     "journal": JournalSettings,
@@ -277,6 +354,17 @@ def load_job(path: Path) -> Job:
             values[key.path] = path.parent / key.default if isinstance(key.default, Path) else key.default
     if (values["task.steps"] == 0) == (values["task.epochs"] == 0):
         raise JobError(f"{path}: give either task.steps or task.epochs, above 0")
+    odd = [kind for kind in values["task.encodings_allowed"] if kind not in KINDS]
+    if odd:
+        raise JobError(f"{path}: task.encodings_allowed names {odd[0]!r}; there are {', '.join(KINDS)}")
+    if values["task.compression"] == "zstd" and not compresses_with_zstd():
+        raise JobError(f"{path}: task.compression = 'zstd' needs the package zstandard: pip install 'edgewise[zstd]'")
+    if values["round.max_staleness"] and not values["round.buffer"]:
+        raise JobError(f"{path}: round.max_staleness means something in buffered rounds only: give round.buffer too")
+    if values["round.buffer"] and values["round.buffer"] < values["round.minimum"]:
+        raise JobError(
+            f"{path}: round.buffer = {values['round.buffer']} is below round.minimum = {values['round.minimum']}"
+        )
     quorum = values["round.quorum"]
     if quorum is not None and quorum < values["round.minimum"]:
         raise JobError(f"{path}: round.quorum = {quorum} is below round.minimum = {values['round.minimum']}")
@@ -287,17 +375,54 @@ def load_job(path: Path) -> Job:
         )
     if url is not None and url.startswith("mqtts://") is not secure:
         raise JobError(f"{path}: broker.url = {url!r}: mqtts:// and security.folder belong together")
-    top = {name: value for name, value in values.items() if "." not in name}
-    tables = {
-        name: kind(**{p.removeprefix(f"{name}."): v for p, v in values.items() if p.startswith(f"{name}.")})
-        for name, kind in _TABLES.items()
-    }
-    return Job(**top, **tables)
+    for name in sorted(
+        _TABLES, key=lambda table: -table.count(".")
+    ):  # inner tables first: they are values of the outer ones
+        held = {p.removeprefix(f"{name}."): v for p, v in values.items() if p.startswith(f"{name}.")}
+        values = {p: v for p, v in values.items() if not p.startswith(f"{name}.")}
+        values[name] = _TABLES[name](**held)
+    return Job(**values)
 
 
 def check_against(job: Job, bundle: Bundle) -> None:
     """Check a job against its bundle. Raises `BundleError` for a program that it lacks, `JobError` for the rest."""
+    if job.assign.cycle and job.assign.programs:
+        raise JobError("assign.cycle and assign.programs exclude each other: give one of them")
+    for program_id in dict.fromkeys((job.program, *job.assign.programs.values(), *job.assign.cycle)):
+        _check_program(job, bundle.program(program_id))
     program = bundle.program(job.program)
+    try:
+        rule = rule_named(job.merge.rule, program, bundle.tensors)
+        mergers = [rule.create(plan_of(job, bundle, number)) for number in range(1, 1 + max(1, len(job.assign.cycle)))]
+    except MergeError as error:
+        raise JobError(f"merge.rule: {error}") from error
+    if job.round.max_staleness > rule.max_staleness:
+        raise JobError(
+            f"round.max_staleness = {job.round.max_staleness}: the rule of this job takes updates that are at most "
+            f"{rule.max_staleness} rounds late"
+        )
+    if job.merge.server.optimizer != "none" and any(merger.refactorises for merger in mergers):
+        raise JobError(
+            f"merge.server.optimizer = {job.merge.server.optimizer!r}: this rule changes the basis of the tensors every "
+            'round, so moments mean nothing: leave it "none"'
+        )
+    for key in KEYS:
+        means_nothing = key.path.startswith("merge.") and key.path.removeprefix("merge.") not in rule.uses
+        if means_nothing and not key.path.startswith(_FOR_ALL_RULES) and _value_at(job, key.path) != key.default:
+            raise JobError(f"{key.path}: the rule of this job does not use it: leave it out")
+
+
+_FOR_ALL_RULES = ("merge.rule", "merge.server.")
+
+
+def _value_at(job: Job, path: str) -> Any:
+    value: Any = job
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _check_program(job: Job, program: Program) -> None:
     if program.accumulates:
         raise JobError(f"program {program.id!r} only accumulates; a job trains one of the others")
     for name, value in {"lr": job.task.learning_rate, **job.task.hyper}.items():
@@ -307,10 +432,6 @@ def check_against(job: Job, bundle: Bundle) -> None:
             raise JobError(f"{where}: program {program.id!r} has only {', '.join(program.hyper) or 'none'}")
         if not limits.minimum <= value <= limits.maximum:
             raise JobError(f"{where} = {value:g} is outside {limits.minimum:g} to {limits.maximum:g} of {program.id!r}")
-    try:
-        merger_for(job.merge.rule, program, bundle.tensors, job.merge, job.seed, 1)
-    except MergeError as error:
-        raise JobError(f"merge.rule: {error}") from error
 
 
 def render_reference() -> str:
@@ -337,9 +458,11 @@ def _shown(value: Any) -> str:
 def _flatten(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     known = {key.path for key in KEYS}
     given: dict[str, Any] = {}
-    for name, value in content.items():
+    waiting = dict(content)
+    while waiting:
+        name, value = waiting.popitem()
         if name in _TABLES and isinstance(value, dict):
-            given.update({f"{name}.{inner}": entry for inner, entry in value.items()})
+            waiting.update({f"{name}.{inner}": entry for inner, entry in value.items()})
         else:
             given[name] = value
     for name in given:
@@ -348,6 +471,16 @@ def _flatten(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
             hint = f"did you mean {near[0]!r}?" if near else "docs/job-file.md lists the keys"
             raise JobError(f"{path}: unknown key {name!r}; {hint}")
     return given
+
+
+_KINDS: Mapping[type[Any], str] = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    dict: "a table",
+    list: "a list",
+}
 
 
 def _checked(key: Key, value: Any, path: Path) -> Any:
@@ -361,13 +494,14 @@ def _checked(key: Key, value: Any, path: Path) -> Any:
     if key.kind is float and type(value) is int:
         value = float(value)
     if type(value) is not key.kind or (key.kind is float and not math.isfinite(value)):
-        raise wrong(
-            {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}.get(
-                key.kind.__name__, "a table"
-            )
+        raise wrong(_KINDS.get(key.kind, "a table"))
+    if key.kind in (dict, list):
+        items, accepted = (
+            (value.values() if key.kind is dict else value),
+            (int, float) if key.of is float else (key.of,),
         )
-    if key.kind is dict and any(type(item) not in (int, float) for item in value.values()):
-        raise wrong("a table of numbers")
+        if any(type(item) not in accepted for item in items):
+            raise wrong(f"{_KINDS[key.kind]} of {'numbers' if key.of is float else 'texts'}")
     if not key.holds(value):
         raise wrong(key.expected)
     return value

@@ -461,6 +461,16 @@ class Journal:
         )
         return [LedgerRow(*(*row[:9], json.loads(row[9]), row[10])) for row in rows]
 
+    def unmerged(self, number: int) -> list[LedgerRow]:
+        """The accepted training updates up to round `number` that are neither merged nor set aside, sorted likewise."""
+        rows = self._db.execute(
+            "SELECT device, outbox_id, seq, upload, task, round, phase, start, num_examples, metrics, norm "
+            "FROM ledger WHERE round<=? AND phase='train' AND merged_in IS NULL AND set_aside IS NULL "
+            "ORDER BY device, seq, outbox_id",
+            (number,),
+        )
+        return [LedgerRow(*(*row[:9], json.loads(row[9]), row[10])) for row in rows]
+
     def mark_merged(self, rows: Sequence[LedgerRow], number: int, *, keep_bodies: bool) -> None:
         """Mark these rows as merged in a round, each exactly once, and delete their bodies."""
         for row in rows:
@@ -731,7 +741,7 @@ def _status(db: sqlite3.Connection, rounds: int, *, running: bool) -> Status:
     aside = _sum_by([(fate, count) for _, fate, count in fates if fate])
     merged = sum(count for _, fate, count in fates if fate == "")
     pending = sum(count for _, fate, count in fates if fate is None)
-    answers = [answer for _, answer, _ in state["tasks"].values()] if state else []
+    answers = [answer for _, answer, *_ in state["tasks"].values()] if state else []
     done = state is not None and state["phase"] == "done" and state["round"] >= rounds
     folded = db.execute("SELECT coalesce(sum(json_extract(record, '$.merge.updates')), 0) FROM round").fetchone()[0]
     trained = db.execute(

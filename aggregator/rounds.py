@@ -25,6 +25,11 @@ assigned set like the others. A phase closes
 A round opens when `devices_wait` devices are online. If they do not come within the round's deadline it opens
 with `minimum` of them, so that a device that died does not end the job.
 
+Buffered rounds (`buffer`; FedBuff, Nguyen et al., arXiv 2106.06639) do not throw the work of slow devices away. A `train`
+phase closes with `buffer` updates; a task that is still open then stays with its device, up to `max_staleness` rounds long,
+and its update counts for the round in which it comes, discounted by the merge. A device that carries such a task gets no
+other; one device contributes to a round once.
+
 Transitions (`TRANSITIONS` is the same table as code; open phase = train or evaluate)
 ----------------------------------------------------------------------------------
 | phase      | event          | what follows                                         | next phase            |
@@ -38,6 +43,7 @@ Transitions (`TRANSITIONS` is the same table as code; open phase = train or eval
 | merge      | Merged         | OpenPhase evaluate, IssueTasks; no gate: FinishRound | evaluate, wait, done  |
 | merge      | MergeFailed    | SetAside, FinishRound failed                         | wait, done            |
 | judge      | Judged         | FinishRound accepted or rolled back (0: measured)    | wait, done            |
+| any        | UpdateAccepted | of a carried task: counted in the next train         | same                  |
 | any        | UpdateAccepted | its phase is closed: LeaveOut                        | same                  |
 | any        | DeviceSeen     | remembered for the next phase; DeviceLost likewise   | same                  |
 | any        | Restarted      | SetDeadline, Merge or Judge once more                | same                  |
@@ -89,7 +95,8 @@ class Answer(StrEnum):
 class Settings:
     """What the job file says about rounds (`aggregator.job`), and the journal's identity.
 
-    `quorum` None means every assigned device. Durations are milliseconds. `nonce` makes task ids differ
+    `quorum` None means every assigned device. `buffer` above 0: buffered rounds of so many updates, `max_staleness` how
+    many rounds late one may be. Durations are milliseconds. `nonce` makes task ids differ
     between two runs of one job in different state folders: a device never trains a task id twice.
     """
 
@@ -101,15 +108,19 @@ class Settings:
     devices_wait: int = 1
     evaluate_share: float = 0.3
     evaluates: bool = True
+    buffer: int = 0
+    max_staleness: int = 0
 
 
 @dataclass(frozen=True)
 class TaskState:
-    """A task of the open phase: its id (hex16) and what became of it."""
+    """A task: its id (hex16), what became of it, and the round and model (digest) that it belongs to."""
 
     task: str
     answer: Answer = Answer.ISSUED
     reason: str = ""
+    round: int = 0
+    model: str = ""
 
 
 def _no_tasks() -> Mapping[str, TaskState]:
@@ -130,6 +141,9 @@ class Rounds:
     phase_opened: int = 0
     phase_deadline: int = 0
     tasks: Mapping[str, TaskState] = field(default_factory=_no_tasks)
+    carried: Mapping[str, TaskState] = field(
+        default_factory=_no_tasks
+    )  # of closed train phases; in `tasks` while one is open
     online: frozenset[str] = frozenset()
     patient: bool = True  # waiting for all of `devices_wait`, not yet for `minimum` alone
 
@@ -258,18 +272,23 @@ class WithdrawTasks(Effect):
 
 @dataclass(frozen=True)
 class ClosePhase(Effect):
-    """Uploads for this phase are no longer welcome."""
+    """Uploads for this phase are no longer welcome, but for those of the devices `keep`."""
 
     round: int
     phase: Phase
+    keep: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Merge(Effect):
-    """Fold the accepted updates of this round; comes back as `Merged` or `MergeFailed`."""
+    """Fold the accepted updates of this round; comes back as `Merged` or `MergeFailed`.
+
+    `tasks`: in buffered rounds, those that were counted; an update that has come since belongs to the next round.
+    """
 
     round: int
     model: str
+    tasks: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -292,7 +311,7 @@ class SetAside(Effect):
 
 @dataclass(frozen=True)
 class LeaveOut(Effect):
-    """This one accepted update came after its phase had closed."""
+    """This one accepted update came after its phase had closed, or is too old to be merged."""
 
     device: str
     task: str
@@ -334,7 +353,13 @@ def step(state: Rounds, event: Event) -> Result:
     elif isinstance(event, DeviceLost):
         state = replace(state, online=state.online - {event.device})
     elif isinstance(event, UpdateAccepted) and not _is_open_task(state, event.device, event.task):
-        return state, (LeaveOut(event.device, event.task, "phase_closed"),)
+        if not _is_carried(state, event.device, event.task):
+            return state, (LeaveOut(event.device, event.task, "phase_closed"),)
+        answered = replace(state.carried[event.device], answer=Answer.ANSWERED)
+        return replace(state, carried=MappingProxyType({**state.carried, event.device: answered})), ()
+    elif isinstance(event, Declined) and _is_carried(state, event.device, event.task):
+        rest = {device: held for device, held in state.carried.items() if device != event.device}
+        return replace(state, carried=MappingProxyType(rest)), ()
     elif isinstance(event, Restarted):
         return _resume(state, event)
     handler = TRANSITIONS.get((state.phase, type(event)))
@@ -346,6 +371,11 @@ def _is_open_task(state: Rounds, device: str, task: str) -> bool:
     return state.phase in _OPEN and held is not None and held.task == task
 
 
+def _is_carried(state: Rounds, device: str, task: str) -> bool:
+    held = state.carried.get(device)
+    return held is not None and held.task == task
+
+
 def _resume(state: Rounds, event: Restarted) -> Result:
     if state.phase is Phase.DONE:
         if state.round < state.settings.rounds:  # the job file now asks for more rounds
@@ -354,7 +384,7 @@ def _resume(state: Rounds, event: Restarted) -> Result:
     if state.phase is Phase.WAIT:
         return _wait(state, event.now)
     if state.phase is Phase.MERGE:
-        return state, (Merge(state.round, state.model),)
+        return state, (_merge_effect(state),)
     if state.phase is Phase.JUDGE:
         return state, (_judge_effect(state),)
     if not state.settings.evaluates and state.phase is Phase.EVALUATE:  # evaluation was switched off meanwhile
@@ -393,13 +423,48 @@ def _open_if_enough(state: Rounds, now: int, enough: int) -> Result:
 
 
 def _open(state: Rounds, phase: Phase, now: int, closes: int) -> Result:
-    ids = {device: task_id(state.settings, state.round, phase, device) for device in sorted(state.online)}
-    tasks = MappingProxyType({device: TaskState(task) for device, task in ids.items()})
-    state = replace(state, phase=phase, phase_opened=now, phase_deadline=closes, tasks=tasks)
-    effects: Effects = (_open_effect(state),)
+    state, effects = _take_up(state) if phase is Phase.TRAIN else (state, ())
+    kept = state.tasks if phase is Phase.TRAIN else _no_tasks()
+    state = replace(state, phase=phase, phase_opened=now, phase_deadline=closes)
+    free = sorted(state.online - kept.keys() - _busy(state))
+    ids = {device: task_id(state.settings, state.round, phase, device) for device in free}
+    tasks = {device: TaskState(task, round=state.round, model=_start(state)) for device, task in ids.items()}
+    state = replace(state, tasks=MappingProxyType({**kept, **tasks}))
+    effects += (_open_effect(state),)
     if ids:
-        effects += (IssueTasks(state.round, phase, _start(state), closes, MappingProxyType(ids)),)
-    return state, (*effects, SetDeadline(closes))
+        effects += (IssueTasks(state.round, phase, _start(state), _until(state), MappingProxyType(ids)),)
+    effects += (SetDeadline(closes),)
+    state, more = _close_if_enough(state, now) if kept else (state, ())
+    return state, (*effects, *more)
+
+
+def _take_up(state: Rounds) -> Result:
+    """Carried tasks become tasks of the train phase that opens; those that are too old by now are given up."""
+    tasks: dict[str, TaskState] = {}
+    effects: Effects = ()
+    old = []
+    for device, held in sorted(state.carried.items()):
+        if state.round - held.round <= state.settings.max_staleness:
+            tasks[device] = held
+        elif held.answer is Answer.ANSWERED:
+            effects += (LeaveOut(device, held.task, "too_stale"),)
+        else:
+            old.append(device)
+    if old:
+        effects += (WithdrawTasks(tuple(old)),)
+    return replace(state, tasks=MappingProxyType(tasks), carried=_no_tasks()), effects
+
+
+def _busy(state: Rounds) -> set[str]:
+    """Devices that still train for an earlier round: no task of the evaluation may take its place."""
+    return {device for device, held in state.carried.items() if held.answer is Answer.ISSUED}
+
+
+def _until(state: Rounds) -> int:
+    """Until when a task may be worked on: to the end of its phase, in buffered rounds for as long as it may be carried."""
+    if state.phase is Phase.TRAIN and state.settings.buffer:
+        return state.phase_deadline + state.settings.max_staleness * state.settings.deadline_ms
+    return state.phase_deadline
 
 
 def _start(state: Rounds) -> str:
@@ -417,13 +482,13 @@ def _has_room(state: Rounds, now: int) -> bool:
 
 def _late(state: Rounds, event: Event) -> Result:
     assert isinstance(event, DeviceSeen)
-    if event.device in state.tasks or not _has_room(state, event.now):
+    if event.device in state.tasks or event.device in _busy(state) or not _has_room(state, event.now):
         return state, ()
     task = task_id(state.settings, state.round, state.phase, event.device)
-    tasks = {**state.tasks, event.device: TaskState(task)}
+    tasks = {**state.tasks, event.device: TaskState(task, round=state.round, model=_start(state))}
     state = replace(state, tasks=MappingProxyType(tasks))
     issued = MappingProxyType({event.device: task})
-    return state, (IssueTasks(state.round, state.phase, _start(state), state.phase_deadline, issued),)
+    return state, (IssueTasks(state.round, state.phase, _start(state), _until(state), issued),)
 
 
 def _answered(state: Rounds, event: Event) -> Result:
@@ -448,6 +513,8 @@ def _with_answer(state: Rounds, device: str, answer: Answer, reason: str) -> Rou
 def _close_if_enough(state: Rounds, now: int) -> Result:
     answered = state.count(Answer.ANSWERED)
     quorum = state.settings.quorum
+    if state.phase is Phase.TRAIN and state.settings.buffer:
+        quorum = state.settings.buffer
     if quorum is not None and answered >= max(quorum, state.settings.minimum):
         return _close(state, now)
     # Declined by all: keep the phase open, for a device may still come; the deadline ends it.
@@ -462,8 +529,12 @@ def _deadline(state: Rounds, event: Event) -> Result:
 
 def _close(state: Rounds, now: int) -> Result:
     answered = state.count(Answer.ANSWERED)
-    missing = tuple(sorted(d for d, held in state.tasks.items() if held.answer is not Answer.ANSWERED))
-    effects: Effects = (ClosePhase(state.round, state.phase),)
+    carried = _carried_on(state, answered)
+    missing = tuple(
+        sorted(d for d, held in state.tasks.items() if held.answer is not Answer.ANSWERED and d not in carried)
+    )
+    effects: Effects = (ClosePhase(state.round, state.phase, frozenset(_busy(replace(state, carried=carried)))),)
+    state = replace(state, carried=carried)
     if missing:
         effects += (WithdrawTasks(missing),)
     if state.phase is Phase.EVALUATE:
@@ -473,10 +544,26 @@ def _close(state: Rounds, now: int) -> Result:
         return _finish(state, now, Outcome.EMPTY, "no update arrived before the deadline", effects)
     if answered < state.settings.minimum:
         reason = f"{answered} of at least {state.settings.minimum} updates arrived before the deadline"
-        effects += (SetAside(state.round, state.phase, "too_few_updates"),)
+        if not state.settings.buffer:
+            effects += (SetAside(state.round, state.phase, "too_few_updates"),)
         return _finish(state, now, Outcome.TOO_FEW, reason, effects)
     state = replace(state, phase=Phase.MERGE)
-    return state, (*effects, SetDeadline(None), Merge(state.round, state.model))
+    return state, (*effects, SetDeadline(None), _merge_effect(state))
+
+
+def _carried_on(state: Rounds, answered: int) -> Mapping[str, TaskState]:
+    """What a closing phase leaves open: in buffered rounds its unanswered tasks, and too few answers to be merged."""
+    if state.phase is not Phase.TRAIN or not state.settings.buffer:
+        return state.carried
+    wanted = {Answer.ISSUED} if answered >= state.settings.minimum else {Answer.ISSUED, Answer.ANSWERED}
+    return MappingProxyType({device: held for device, held in state.tasks.items() if held.answer in wanted})
+
+
+def _merge_effect(state: Rounds) -> Merge:
+    if not state.settings.buffer:
+        return Merge(state.round, state.model)
+    counted = frozenset(held.task for held in state.tasks.values() if held.answer is Answer.ANSWERED)
+    return Merge(state.round, state.model, counted)
 
 
 def _judge_effect(state: Rounds) -> Judge:
@@ -495,7 +582,9 @@ def _merged(state: Rounds, event: Event) -> Result:
 
 def _merge_failed(state: Rounds, event: Event) -> Result:
     assert isinstance(event, MergeFailed)
-    aside = SetAside(state.round, Phase.TRAIN, "merge_failed")
+    aside = SetAside(state.round, Phase.TRAIN, "merge_failed")  # with it what came meanwhile for carried tasks
+    still = {device: held for device, held in state.carried.items() if held.answer is Answer.ISSUED}
+    state = replace(state, carried=MappingProxyType(still))
     return _finish(state, event.now, Outcome.FAILED, event.reason, (aside,))
 
 
@@ -538,6 +627,16 @@ TRANSITIONS: Mapping[tuple[Phase, type[Event]], Handler] = MappingProxyType(
 )
 
 
+def _tasks_to_json(tasks: Mapping[str, TaskState]) -> dict[str, list[Any]]:
+    return {d: [held.task, held.answer.value, held.reason, held.round, held.model] for d, held in tasks.items()}
+
+
+def _tasks_from_json(saved: Mapping[str, Any]) -> Mapping[str, TaskState]:
+    return MappingProxyType(
+        {d: TaskState(task, Answer(answer), reason, *more) for d, (task, answer, reason, *more) in saved.items()}
+    )
+
+
 def to_json(state: Rounds) -> dict[str, Any]:
     """What the journal stores. Who was online is part of it: online until the broker says otherwise."""
     return {
@@ -551,13 +650,13 @@ def to_json(state: Rounds) -> dict[str, Any]:
         "deadline": state.deadline,
         "phase_opened": state.phase_opened,
         "phase_deadline": state.phase_deadline,
-        "tasks": {d: [held.task, held.answer.value, held.reason] for d, held in state.tasks.items()},
+        "tasks": _tasks_to_json(state.tasks),
+        "carried": _tasks_to_json(state.carried),
     }
 
 
 def from_json(settings: Settings, saved: Mapping[str, Any]) -> Rounds:
     """The inverse of `to_json`, under the settings of the job file as it is now."""
-    tasks = {d: TaskState(task, Answer(answer), reason) for d, (task, answer, reason) in saved["tasks"].items()}
     return Rounds(
         settings=settings,
         round=saved["round"],
@@ -568,7 +667,8 @@ def from_json(settings: Settings, saved: Mapping[str, Any]) -> Rounds:
         deadline=saved["deadline"],
         phase_opened=saved["phase_opened"],
         phase_deadline=saved["phase_deadline"],
-        tasks=MappingProxyType(tasks),
+        tasks=_tasks_from_json(saved["tasks"]),
+        carried=_tasks_from_json(saved.get("carried", {})),
         online=frozenset(saved["online"]),
         patient=saved["patient"],
     )

@@ -21,7 +21,7 @@ import shutil
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +34,6 @@ from aggregator.blobs import BlobStore
 from aggregator.broker import SESSION_EXPIRY, Broker, Security
 from aggregator.job import Job, check_against
 from aggregator.journal import DiskFullError, Identity, Journal, RoundRecord, Status
-from aggregator.merge import merger_for
 from devices.registry import Registry, RegistryError
 from devices.roles import initial_config
 from edge_sdk import faults, wire
@@ -242,7 +241,6 @@ class Service:
         self._program = self._bundle.program(job.program)
         self._key = SigningKey.load(job.keys.control)
         self._registry, self._registry_seen = Registry.load(job.devices.registry), _stamp(job.devices.registry)
-        self._merger = merger_for(job.merge.rule, self._program, self._bundle.tensors, job.merge, job.seed, 1)
         identity = Identity(site=job.site, job=job.job, bundle=self._bundle.digest, program=job.program)
         self._journal = Journal(job.state, identity)
         stack.callback(self._journal.close)
@@ -257,6 +255,8 @@ class Service:
             devices_wait=job.round.devices_wait,
             evaluate_share=job.round.evaluate_share,
             evaluates=job.gate.enabled and self._program.evaluate is not None,
+            buffer=job.round.buffer,
+            max_staleness=job.round.max_staleness,
         )
         saved = self._journal.rounds_state()
         if saved is None:
@@ -286,9 +286,9 @@ class Service:
             intake.PhaseOpened(now, self._public()),
         ]
         if state.phase in (rounds.Phase.TRAIN, rounds.Phase.EVALUATE):
-            start = state.candidate or state.model if state.phase is rounds.Phase.EVALUATE else state.model
-            tasks = {device: held.task for device, held in state.tasks.items()}
-            events.append(self._issued(state.round, state.phase, start, state.phase_deadline, tasks))
+            events.append(self._still_issued(state.phase, state.tasks, state.phase_deadline))
+        if state.carried:
+            events.append(self._still_issued(rounds.Phase.TRAIN, state.carried, state.deadline))
         with self._journal.transaction():
             self._journal.publish(self._address.job_topic, self._sign(self._job_manifest()), None)
             self._journal.save_rounds_state(rounds.to_json(state))
@@ -298,7 +298,9 @@ class Service:
 
     def _loop(self) -> None:
         while not self._stopping.is_set() and not self._is_over():
-            self._handle(self._collect())
+            events = self._collect()
+            self._watch_registry()  # before the first word of a device that has just been entered is read
+            self._handle(events)
             if self._work and not self._blocked:
                 self._do(self._work.popleft())
             self._send()
@@ -467,11 +469,8 @@ class Service:
         """The key of a device in the registry; None, and one line in the log, for a stranger."""
         key = self._registry.key(device)
         if key is None and device not in self._strangers:
-            self._registry = Registry.load(self._job.devices.registry)  # it may have been added since
-            key = self._registry.key(device)
-            if key is None:
-                self._strangers.add(device)
-                log.warning("device %r is not in %s: it is not heard", device, self._job.devices.registry)
+            self._strangers.add(device)
+            log.warning("device %r is not in %s, or revoked: it is not heard", device, self._job.devices.registry)
         return key
 
     def _intake_step(self, event: intake.Event, out: list[_Outward], payload: bytes = b"") -> None:
@@ -501,7 +500,9 @@ class Service:
             case intake.Accept(upload, norm, evidence):
                 journal.accept(upload, norm=norm, now=now)
                 if evidence is not None:
-                    journal.add_evidence(upload.start, upload.device, upload.task, *evidence)
+                    # A program of another rank starts from a slice: the evidence is on the model, not on the slice.
+                    model = self._rounds.candidate or self._rounds.model
+                    journal.add_evidence(model, upload.device, upload.task, *evidence)
                 faults.point("A6")
                 log.info("round %d: %s update of %s accepted", upload.round, upload.phase, upload.device)
             case intake.Refuse(device, upload_name, reason, detail):
@@ -544,10 +545,12 @@ class Service:
             case rounds.WithdrawTasks(devices):
                 for device in devices:
                     self._retain(self._address.assign(device), b"", None, out)
-            case rounds.ClosePhase():
-                self._intake_step(intake.PhaseClosed(self._clock.now()), out)
+            case rounds.ClosePhase(_, _, kept):
+                self._intake_step(intake.PhaseClosed(self._clock.now(), kept), out)
             case rounds.SetAside(number, phase, reason):
-                journal.set_aside(journal.updates(number, phase), reason, keep_bodies=keep)
+                trained = phase is rounds.Phase.TRAIN
+                rows = journal.unmerged(number) if trained else journal.updates(number, phase)
+                journal.set_aside(rows, reason, keep_bodies=keep)
             case rounds.LeaveOut(device, task, reason):
                 row = journal.row_of_task(device, task)
                 if row is not None:
@@ -588,7 +591,7 @@ class Service:
             deadline=deadline,
             now=now,
             quorum=self._settings.quorum or max(1, len(state.tasks)),
-            staleness=0,
+            staleness=self._settings.max_staleness,
         )
         self._retain(self._address.round_topic, self._sign(manifest), None, out)
         self._intake_step(intake.PhaseOpened(now, self._public()), out)
@@ -597,23 +600,24 @@ class Service:
         return frozenset({self._rounds.model, self._rounds.candidate or self._rounds.model})
 
     def _issue(self, effect: rounds.IssueTasks, out: list[_Outward]) -> None:
-        program = self._phase_program(effect.phase)
-        refactorises = self._merger.refactorises
-        assigned = assign(self._job, program, effect.round, sorted(effect.tasks), refactorises=refactorises)
+        refactorises = self._fold.merger(effect.round).refactorises
         for device, task_id in sorted(effect.tasks.items()):
+            program = self._fold.program(effect.round, effect.phase, device)
+            assigned = assign(self._job, program, effect.round, [device], refactorises=refactorises)
             task = self._task(effect, task_id, program, assigned[device])
             self._retain(self._address.assign(device), self._sign(task, device), effect.deadline, out)
         tasks = dict(effect.tasks)
         self._intake_step(self._issued(effect.round, effect.phase, effect.start, effect.deadline, tasks), out)
 
     def _task(self, effect: rounds.IssueTasks, task_id: str, program: Program, assigned: Assignment) -> wire.Task:
+        start = self._fold.start_of(effect.round, effect.start, program)
         return wire.Task(
             **self._common(),
             task=task_id,
             round=effect.round,
             program=program.id,
-            start=effect.start,
-            start_bytes=self._blobs.size(effect.start) or 0,
+            start=start,
+            start_bytes=self._blobs.size(start) or 0,
             base=self._bundle.base,
             deadline=effect.deadline,
             now=self._clock.now(),
@@ -629,25 +633,29 @@ class Service:
     def _issued(
         self, number: int, phase: rounds.Phase, start: str, deadline: int, tasks: dict[str, str]
     ) -> intake.TasksIssued:
-        largest = max_update_bytes(self._phase_program(phase), self._bundle.tensors)
-        issued = {
-            device: intake.IssuedTask(
+        issued = {}
+        for device, task in tasks.items():
+            program = self._fold.program(number, phase, device)
+            issued[device] = intake.IssuedTask(
                 task=task,
                 round=number,
                 phase=phase.value,
-                start=start,
+                start=self._fold.start_of(number, start, program),
                 base=self._bundle.base,
-                update_bytes=largest,
+                update_bytes=max_update_bytes(program, self._bundle.tensors),
                 deadline=deadline,
             )
-            for device, task in tasks.items()
-        }
         return intake.TasksIssued(self._clock.now(), MappingProxyType(issued))
 
-    def _phase_program(self, phase: rounds.Phase) -> Program:
-        if phase is rounds.Phase.EVALUATE and self._program.evaluate is not None:
-            return self._bundle.program(self._program.evaluate)
-        return self._program
+    def _still_issued(
+        self, phase: rounds.Phase, tasks: Mapping[str, rounds.TaskState], deadline: int
+    ) -> intake.TasksIssued:
+        """Tasks that a restored state holds open, each of its own round."""
+        issued: dict[str, intake.IssuedTask] = {}
+        for device, held in tasks.items():
+            found = self._issued(held.round, phase, held.model, deadline, {device: held.task})
+            issued |= found.tasks
+        return intake.TasksIssued(self._clock.now(), MappingProxyType(issued))
 
     def _retain(self, topic: str, payload: bytes, expires: int | None, out: list[_Outward]) -> None:
         self._journal.publish(topic, payload, expires)
@@ -803,7 +811,9 @@ class Service:
 
     def _job_manifest(self) -> wire.JobManifest:
         limits = self._job.limits
-        programs = [self._program.id] + ([self._program.evaluate] if self._program.evaluate else [])
+        job = self._job
+        trained = [self._bundle.program(p) for p in (job.program, *job.assign.programs.values(), *job.assign.cycle)]
+        programs = list(dict.fromkeys([p.id for p in trained] + [p.evaluate for p in trained if p.evaluate]))
         return wire.JobManifest(
             **self._common(),
             job=self._job.job,
@@ -836,17 +846,17 @@ class Service:
                 if (upload.device, upload.upload) not in self._intake.uploads:
                     return []
                 try:
-                    checked = self._fold.check(upload)
+                    checked = self._fold.check(upload, self._rounds.round)
                 except fold.BodyRefusedError as refused:
                     now = self._clock.now()
                     return [intake.VerifyFailed(now, upload.device, upload.upload, refused.detail, again=refused.again)]
                 now = self._clock.now()
                 return [intake.Verified(now, upload.device, upload.upload, checked.norm, checked.evidence)]
-            case rounds.Merge(number, model):
+            case rounds.Merge(number, model, tasks):
                 if self._rounds.phase is not rounds.Phase.MERGE:
                     return []
                 try:
-                    folded = self._fold.merge(number, model)
+                    folded = self._fold.merge(number, model, tasks)
                 except StorageError:
                     raise
                 except EdgewiseError as error:
@@ -864,7 +874,8 @@ class Service:
     def _finish_job(self, model: str) -> None:
         target = self._job.state / MODEL_FILE
         _write(target, self._blobs.read(model))
-        self._blobs.prune({model})
+        moments = self._fold.moments_of(self._rounds.round + 1, model)
+        self._blobs.prune({model} | ({moments} if moments else set()))
         self._finished = True
         self._heard = time.monotonic()
         log.info("the job is done; its model lies in %s", target)
@@ -883,7 +894,6 @@ class Service:
             self._ticked = now
             self._watch_disk()
             self._process([intake.Ticked(self._clock.now())])
-        self._watch_registry()
         if self._on_progress is not None and now - self._shown >= PROGRESS_SECONDS:
             self._shown = now
             self._on_progress(self._journal.status(self._job.rounds))

@@ -30,16 +30,18 @@ class StepModel:
     options: dict[str, Any] = field(default_factory=dict)
 
     def make(self, width: float = 1.0, seed: int = 0) -> nn.Module:
-        """The module in evaluation mode, with running statistics that are not those of a fresh network."""
+        """The module in evaluation mode, its batch norms at the statistics of the example.
+
+        Those of a fresh network would let the signal die out, and time would be that of denormal numbers.
+        """
         torch.manual_seed(seed)
-        module = self.build(width).eval()
-        for part in module.modules():
-            if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
-                assert part.running_mean is not None
-                assert part.running_var is not None
-                part.running_mean.normal_(0, 0.2)
-                part.running_var.uniform_(0.5, 1.5)
-        return module
+        module = self.build(width)
+        norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d)]
+        for part in norms:
+            part.momentum = None  # the mean over all batches seen: here one
+        with torch.no_grad():
+            module.train()(torch.as_tensor(self.example()[0]))
+        return module.eval()
 
     def example(self, count: int = 16, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """x float32 `[count, *shape]`; y labels, or the input itself where the network is to repeat it."""

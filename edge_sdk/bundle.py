@@ -51,7 +51,8 @@ ARCHIVE_LIMIT: Final = 4 << 30
 FILES_LIMIT: Final = 4096
 ACCUMULATING: Final = ("describe", "evaluate", "observe")
 SCOPES: Final = ("lora", "head", "layer", "progressive", "full", *ACCUMULATING)
-MERGES: Final = ("mean", "lora_a", "lora_b", "moments", "sum", "keep")
+MERGES: Final = ("mean", "lora_a", "lora_b", "side_l", "side_q", "moments", "sum", "keep")
+TENSOR_KINDS: Final = ("p", "n", "c", "a")
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
@@ -61,7 +62,7 @@ _HEX64 = re.compile(r"[0-9a-f]{64}")
 class TensorEntry:
     """One row of the tensor table: a tensor that travels, and how it merges.
 
-    `kind` is the class of its graph name: `p` trained, `n` running statistic, `a` accumulator. `scale` (alpha/r),
+    `kind` is the class of its graph name: `p` trained, `n` running statistic, `c` constant of a round, `a` accumulator. `scale` (alpha/r),
     `rank`, `layer` and `layer_shape` (m, n) are those of a LoRA pair; this table is the only place of the scale.
     """
 
@@ -123,7 +124,11 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Program:
-    """One program of the bundle; the contract of its graphs is `step-graphs.md`, section 2."""
+    """One program of the bundle; the contract of its graphs is `step-graphs.md`, section 2.
+
+    `tensors` are what it trains or accumulates; `constants` come with the start of a task and stay as they are, such as
+    the factor of a LoRA pair that rests in this round.
+    """
 
     id: str
     scope: str
@@ -133,6 +138,7 @@ class Program:
     rank: int
     factors: str
     tensors: tuple[str, ...]
+    constants: tuple[str, ...]
     infer: str | None
     prefix: tuple[GraphVariant, ...]
     step: tuple[GraphVariant, ...]
@@ -151,6 +157,11 @@ class Program:
     def accumulates(self) -> bool:
         """Whether the program only accumulates: no backward pass, no optimizer."""
         return self.scope in ACCUMULATING
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Every tensor that it trains, accumulates or is given, by table name."""
+        return (*self.tensors, *self.constants)
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -226,8 +237,8 @@ class Bundle:
         )
 
     def starting(self, program: Program) -> tuple[TensorEntry, ...]:
-        """The tensors that `program` starts from: all that it names but its accumulators."""
-        return tuple(entry for name in program.tensors if (entry := self.tensors[name]).kind != "a")
+        """The tensors that `program` starts from: all that it reads but its accumulators."""
+        return tuple(entry for name in program.reads if (entry := self.tensors[name]).kind != "a")
 
     def start_limit(self, program: Program) -> int:
         """The most bytes that a file of its starting tensors can have."""
@@ -238,7 +249,7 @@ class Bundle:
         return self.directory / name
 
     def initial(self, program: Program) -> dict[str, Array]:
-        """The values that `program` starts from in a new job: its `p` and `n` tensors, by table name."""
+        """The values that `program` starts from in a new job: all that it reads but accumulators, by table name."""
         from safetensors.numpy import load_file
 
         stored = load_file(self.file(WEIGHTS))
@@ -404,8 +415,10 @@ class _Reader:
         for row in self._typed(self._content, "tensors", list):
             name = self._typed(row, "name", str)
             merge, kind = self._typed(row, "merge", str), self._typed(row, "kind", str)
-            if merge not in MERGES or kind not in ("p", "n", "a"):
-                raise self._error(f"tensors.{name}", f"{merge}, {kind}", f"a merge of {MERGES} and a kind of p, n, a")
+            if merge not in MERGES or kind not in TENSOR_KINDS:
+                raise self._error(
+                    f"tensors.{name}", f"{merge}, {kind}", f"a merge of {MERGES} and a kind of {TENSOR_KINDS}"
+                )
             layer_shape = row.get("layer_shape")
             table[name] = TensorEntry(
                 name=name,
@@ -425,7 +438,7 @@ class _Reader:
         programs = {}
         for row in self._typed(self._content, "programs", list):
             program = self._program(row)
-            unknown = [name for name in program.tensors if name not in table]
+            unknown = [name for name in program.reads if name not in table]
             if unknown:
                 raise self._error(f"programs.{program.id}.tensors", unknown[0], "a name of the tensor table")
             absent = [name for name in program.graphs if name not in self._content["files"]]
@@ -452,6 +465,7 @@ class _Reader:
             rank=int(row.get("rank", 0)),
             factors=str(row.get("factors", "")),
             tensors=tuple(self._typed(row, "tensors", list)),
+            constants=tuple(row.get("constants", ())),
             infer=row.get("infer"),
             prefix=self._variants(row.get("prefix", [])),
             step=self._variants(self._typed(row, "step", list)),

@@ -7,6 +7,7 @@
     broker = "mqtt://127.0.0.1:18830"   where the gateway's broker listens
     bundle = "watch.bundle"             the model and its programs
     program = "watch/lora/r4/int8"      whose `infer` graph predicts (default: the one of the gateway's model)
+    encoding = "int4_row"               optional: how its updates travel, where the task leaves it the choice
     store = "store"                     folder of samples, outbox and downloads; made when it is missing
     device_key = "press-04.key"         signs this device's offers; stays on this device
     control_key = "control.pub"         whose rounds, tasks and verdicts are believed
@@ -73,6 +74,7 @@ class DeviceConfig:
     release_key: Path | None = None
     prefix: str = ""
     program: str | None = None
+    encoding: str | None = None
     limits: DeviceLimits = DeviceLimits()
     tls: TlsFiles | None = None
 
@@ -126,7 +128,7 @@ _SEGMENT = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 _REQUIRED = ("id", "site", "job", "broker", "bundle", "store", "device_key", "control_key")
 _PATHS = {"bundle", "store", "device_key", "control_key", "release_key"}
 _FIELDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys([*_REQUIRED, "release_key", "prefix", "program"], (str,)),
+    **dict.fromkeys([*_REQUIRED, "release_key", "prefix", "program", "encoding"], (str,)),
     "limits": (dict,),
     "tls": (dict,),
 }

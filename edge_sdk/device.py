@@ -42,7 +42,7 @@ from edge_sdk.outbox import Draft, Outbox
 from edge_sdk.runtime import Predictor, RuntimeProfile, StepResult
 from edge_sdk.samples import Ids, SampleStore
 from edge_sdk.tensors import Array, digest, unpack
-from edge_sdk.training import Outcome, TaskCancelled, TaskSpec, hottest_zone, run_task
+from edge_sdk.training import THERMAL_ZONES, Outcome, TaskCancelled, TaskSpec, hottest_zone, run_task
 from edge_sdk.update import Encoding, max_update_bytes
 from edge_sdk.wire import Address, Paused, WireError
 
@@ -102,11 +102,19 @@ class EdgeDevice:
     """One device. Open it with `EdgeDevice.open`; safe to use from several threads.
 
     `on_event` is called with a `DeviceEvent` from a background thread; what it raises is logged and changes nothing.
+    `thermal_zones` is where Linux tells temperatures.
     """
 
-    def __init__(self, config: DeviceConfig, *, on_event: Callable[[DeviceEvent], None] | None = None) -> None:
+    def __init__(
+        self,
+        config: DeviceConfig,
+        *,
+        on_event: Callable[[DeviceEvent], None] | None = None,
+        thermal_zones: Path = THERMAL_ZONES,
+    ) -> None:
         self.config = config
         self.on_event = on_event
+        self._thermal_zones = thermal_zones
         with contextlib.ExitStack() as stack:
             self._lock_file = _lock(config.store)
             stack.callback(os.close, self._lock_file)
@@ -257,7 +265,7 @@ class EdgeDevice:
             updates_dropped=waiting.dropped,
             bytes_up=self._link.bytes_sent,
             bytes_down=self._link.bytes_received,
-            temperature=hottest_zone(),
+            temperature=hottest_zone(self._thermal_zones),
             refused_messages=self._refused,
         )
 
@@ -315,6 +323,8 @@ class EdgeDevice:
                         faults.point("D5")
             case _Look():
                 self._set_timer("look", _LOOK_AGAIN)
+            case _OutboxGrew():
+                self._advance(talk.OutboxChanged(_now(), self._queue()))
             case _:
                 self._advance(event)
 
@@ -339,6 +349,8 @@ class EdgeDevice:
                 self._message(item)
             else:
                 self._perform(item)
+        if undone:
+            self._advance(talk.OutboxChanged(_now(), self._queue()))
 
     def _fire(self) -> None:
         now = _now()
@@ -713,7 +725,7 @@ class EdgeDevice:
             return Paused.USER
         limit = self.config.limits.temperature_celsius
         if limit is not None:
-            hottest = hottest_zone()
+            hottest = hottest_zone(self._thermal_zones)
             if hottest is not None and hottest > limit - (_COOLER if present is Paused.HEAT else 0.0):
                 return Paused.HEAT
         return Paused.NONE
@@ -730,8 +742,11 @@ class EdgeDevice:
             self._cancelled.discard(task.task)
             self._progress = (0, 0)
             if event is not None:
-                self._put(event)
-                self._put(talk.OutboxChanged(_now(), self._queue()))
+                self._report(event)
+
+    def _report(self, event: talk.Event) -> None:
+        self._put(event)
+        self._put(_OutboxGrew(_now()))
 
     def _do(self, task: wire.Task) -> talk.Event | None:
         if self._obstacle(Paused.NONE) is Paused.DISK:
@@ -746,7 +761,7 @@ class EdgeDevice:
             learning_rate=task.learning_rate,
             seed=task.seed,
             hyper=task.hyper,
-            encoding=Encoding.from_map(task.encoding),
+            encoding=Encoding.from_map(task.encoding).preferring(self.config.encoding),
         )
         try:
             outcome = run_task(
@@ -838,6 +853,11 @@ class EdgeDevice:
 @dataclass(frozen=True)
 class _Look(talk.Event):
     """Look again at what holds training back, after a while."""
+
+
+@dataclass(frozen=True)
+class _OutboxGrew(talk.Event):
+    """Read the outbox, on the thread that deletes from it: what the training thread sees may end before it is told."""
 
 
 class _Courtesy:

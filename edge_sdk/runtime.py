@@ -24,6 +24,7 @@ from edge_sdk.fields import INPUT, WEIGHT, FieldSpec, check_batch
 from edge_sdk.tensors import Array, Tensors
 
 _STATE = re.compile(r"(p|s\d+|e|n|a)\.(.+)")
+_GIVEN = ("p.", "n.", "c.")  # classes of inputs that come with the start
 _NEXT = ".next"
 
 
@@ -64,6 +65,9 @@ def open_session(path: Path, profile: RuntimeProfile) -> onnxruntime.InferenceSe
     options.log_severity_level = 3
     # The app beside us needs the core more than a waiting thread does.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # A weight that is stored in int8 is multiplied in float32: by itself the runtime would round the activations to int8,
+    # and the gradients of adapters are then off by percents.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if not profile.prepacking:
         options.add_session_config_entry("session.disable_prepacking", "1")
     try:
@@ -145,6 +149,7 @@ class Stepper:
         self._check_signatures(sessions)
         self._data = [name for name in inputs if name.startswith("d.") and name != WEIGHT]
         self._weighted = WEIGHT in inputs
+        self._rests = {bundle.tensors[name].graph_name for name in program.constants}
         self._state = [name for name in inputs if self._is_state(name)]
         self._hyper = {
             name.removeprefix("h."): np.zeros((), np.int64 if name == "h.step" else np.float32)
@@ -223,7 +228,7 @@ class Stepper:
     def _is_state(self, name: str) -> bool:
         match = _STATE.fullmatch(name)
         # Where a program only accumulates, its other tensors are constants of the task.
-        return match is not None and (not self._program.accumulates or match[1] == "a")
+        return match is not None and (match[1] == "a" if self._program.accumulates else name not in self._rests)
 
     def _check_signatures(self, sessions: list[onnxruntime.InferenceSession]) -> None:
         """I3: all variants have the same signature."""
@@ -248,14 +253,14 @@ class Stepper:
         for name in self._state:
             if inputs[name].shape != outputs[name + _NEXT].shape or inputs[name].type != outputs[name + _NEXT].type:
                 raise self._broken(f"{name} and {name}{_NEXT} differ in shape or dtype")
-        table = {self._bundle.tensors[name].graph_name: self._bundle.tensors[name] for name in self._program.tensors}
+        table = {self._bundle.tensors[name].graph_name: self._bundle.tensors[name] for name in self._program.reads}
         for name, entry in table.items():
             if name in inputs and list(entry.shape) != list(inputs[name].shape):
                 raise self._broken(f"{name} is {inputs[name].shape} in the graph and {list(entry.shape)} in the table")
         for name in inputs:
             if name.startswith("d.") and name != WEIGHT and name not in self._fields:
                 raise self._broken(f"the graph reads {name}, which is no field of the bundle")
-            if not name.startswith(("d.", "h.", "p0.")) and not _STATE.fullmatch(name):
+            if not name.startswith(("d.", "h.", "p0.", "c.")) and not _STATE.fullmatch(name):
                 raise self._broken(f"this version cannot fill the graph's input {name}: upgrade edgewise")
         missing = [name for name in table if name not in inputs]
         if missing:
@@ -263,7 +268,7 @@ class Stepper:
 
     def _fill(self, inputs: Mapping[str, Any], start: Tensors) -> tuple[dict[str, Array], dict[str, Array]]:
         """Two sets of state buffers; the first holds the start values of step-graphs.md, section 2.2."""
-        given = _by_graph_name(self._bundle, self._program, start, [n for n in inputs if n.startswith(("p.", "n."))])
+        given = _by_graph_name(self._bundle, self._program, start, [n for n in inputs if n.startswith(_GIVEN)])
         first: dict[str, Array] = {}
         for name in self._state:
             kind, tensor = name.split(".", 1)
@@ -277,7 +282,7 @@ class Stepper:
         return first, {name: np.empty_like(value) for name, value in first.items()}
 
     def _constants(self, inputs: Mapping[str, Any], start: Tensors) -> dict[str, Array]:
-        names = [name for name in inputs if name.startswith(("p.", "n.", "p0.")) and name not in self._state]
+        names = [name for name in inputs if name.startswith((*_GIVEN, "p0.")) and name not in self._state]
         return {name: np.array(start[name.split(".", 1)[1]], order="C") for name in names}
 
     def _bind(
@@ -353,7 +358,7 @@ def _shared(value: Array) -> onnxruntime.OrtValue:
 def _by_graph_name(bundle: Bundle, program: Program, tensors: Tensors, wanted: list[str]) -> dict[str, Array]:
     """Tensors by table name -> by graph name, each checked against the table; only those that are wanted."""
     found = {}
-    for name in program.tensors:
+    for name in program.reads:
         entry = bundle.tensors[name]
         if entry.kind == "a" or entry.graph_name not in wanted:
             continue

@@ -35,7 +35,15 @@ from export.proof import CentralDifferences, Oracle, Proof, prove
 from export.quantize.weights import quantize_weights
 from export.scopes import Scope, Trainable, scope_named
 from export.serialize import WeightFile, write_graphs
-from export.step_graph import Graphs, build_graphs, loss_graph, operators
+from export.step_graph import (
+    Graphs,
+    build_graphs,
+    gradients_graph,
+    loss_graph,
+    operators,
+    proof_constants,
+    with_constants,
+)
 from export.writer import write_archive
 
 if TYPE_CHECKING:
@@ -102,6 +110,7 @@ class _Built:
     id: str
     evaluate_id: str
     trainables: tuple[Trainable, ...]
+    constants: tuple[Trainable, ...]
     graphs: Graphs
     frozen: Mapping[str, Array]
     proof: Proof
@@ -223,18 +232,22 @@ def _build_program(
     dequantized = quantize_weights(forward) if spec.precision == "int8" else {}
     loss_rule = loss_named(loss)
     graphs = build_graphs(forward, applied.trainables, loss_rule, optimizer, ids[0])
+    given = proof_constants(applied.constants, seed)
+    proved = with_constants(forward, given)
+    gradients = gradients_graph(proved, applied.trainables, loss_rule, ids[0])
     seconds = time.perf_counter() - began
     oracle: Oracle
     if source.module is None:
-        oracle = CentralDifferences(loss_graph(forward, loss_rule), graphs.gradients, seed)
+        oracle = CentralDifferences(loss_graph(proved, loss_rule), gradients, seed)
     else:
         from export.torch_import import TorchOracle, tensors_of
 
         tensors = {n: v.cpu().numpy() for n, v in tensors_of(source.module).items()}
-        oracle = TorchOracle(source.module, {**tensors, **dequantized}, loss)
-    proof = prove(ids[0], graphs.gradients, applied.trainables, applied.effective, oracle, *example, seed)
+        fixed = {name.split(".", 1)[1]: value for name, value in given.items()}
+        oracle = TorchOracle(source.module, {**tensors, **dequantized, **fixed}, loss)
+    proof = prove(ids[0], gradients, applied.trainables, applied.effective, oracle, *example, seed)
     frozen = {n: a for n, v in forward.graph.initializers.items() if (a := array_of(v)) is not None}
-    return _Built(spec, scope, ids[0], ids[1], applied.trainables, graphs, frozen, proof, seconds)
+    return _Built(spec, scope, ids[0], ids[1], applied.trainables, applied.constants, graphs, frozen, proof, seconds)
 
 
 def _class_names(classes: Sequence[str] | None, output: ir.Value, loss: Loss) -> list[str] | None:
@@ -292,17 +305,18 @@ def _assemble(
 
 def _table_rows(entry: _Built, weights: WeightFile) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for t in entry.trainables:
+    for t in (*entry.trainables, *entry.constants):
         row: dict[str, Any] = {
             "name": t.name,
-            "kind": "p",
+            "kind": t.kind,
             "dtype": "float32",
             "shape": list(t.value.shape),
             "merge": t.merge,
             "initial": weights.add(t.name, t.value),
         }
         if t.layer is not None and t.layer_shape is not None:
-            row |= {"layer": t.layer, "scale": t.scale, "rank": t.rank, "layer_shape": list(t.layer_shape)}
+            row |= {"layer": t.layer, "layer_shape": list(t.layer_shape)}
+            row |= {} if t.rank is None else {"scale": t.scale, "rank": t.rank}
         rows.append(row)
     rows += [
         {"name": held.name, "kind": "a", "dtype": "float32", "shape": list(held.shape), "merge": "sum"}
@@ -327,7 +341,8 @@ def _program_rows(entry: _Built, loss: Loss) -> list[dict[str, Any]]:
     optimizer = optimizer_named(entry.spec.optimizer)
     state = size * (1 + optimizer.slots)
     counted = [4 * int(np.prod(held.shape)) for held in entry.graphs.accumulators]
-    blob = len(pack({t.name: t.value for t in entry.trainables}))
+    up = len(pack({t.name: t.value for t in entry.trainables}))
+    down = len(pack({t.name: t.value for t in (*entry.trainables, *entry.constants)}))
     common = {
         "precision": entry.spec.precision,
         "stage": 0,
@@ -335,6 +350,7 @@ def _program_rows(entry: _Built, loss: Loss) -> list[dict[str, Any]]:
         "rank": entry.scope.rank,
         "batch": {"default": entry.spec.batch, "minimum": 1},
         "partial_batch": "mask",
+        "constants": [t.name for t in entry.constants],
         "features": {"cacheable": False, "reason": "no frozen prefix"},
     }
     return [
@@ -351,8 +367,8 @@ def _program_rows(entry: _Built, loss: Loss) -> list[dict[str, Any]]:
             "evaluate": entry.evaluate_id,
             "state_bytes": state,
             "cost": {
-                "bytes_up": blob,
-                "bytes_down": blob,
+                "bytes_up": up,
+                "bytes_down": down,
                 "step_flops": flops_per_sample(entry.graphs.step) * entry.spec.batch,
                 "infer_flops": flops_per_sample(entry.graphs.infer),
                 "state_bytes": 2 * state,
@@ -391,7 +407,7 @@ def _run_once(path: Path, built: Sequence[_Built], x: Array, y: Array) -> None:
                 stepper = Stepper(bundle, chosen, start)
                 stepper.step(batch, dict.fromkeys(chosen.hyper, 0.0))
                 kept = stepper.tensors()
-                if chosen is program and any((kept[n] != start[n]).any() for n in start):
+                if chosen is program and any((value != start[n]).any() for n, value in kept.items()):
                     raise ContractError(f"{entry.id}: I6: a step with learning rate 0 changes its tensors")
                 if chosen is program and stepper.state_bytes != program.state_bytes:
                     raise ContractError(f"{entry.id}: I12: the state takes {stepper.state_bytes} bytes")

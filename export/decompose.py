@@ -310,30 +310,53 @@ def _product(letters: str, sizes: dict[str, int | str]) -> int:
 
 
 @decomposition("Conv")
-def _small_depthwise(b: Builder, node: ir.Node) -> Sequence[ir.Value]:
-    """A trained depth-wise convolution of a small map as one product per channel with a matrix `[places, places out]`.
+def _depthwise(b: Builder, node: ir.Node) -> Sequence[ir.Value]:
+    """A trained depth-wise convolution: of a small map as products, of a narrow one along its longer axis.
 
-    The matrix is the kernel laid out by a constant; both are small where the map is. The runtime has a fast kernel only
-    for weights that are constant: measured on 6 x 6 maps of 128 channels, this takes a quarter of its time, and the
-    gradients, products too, a third (`edgewise bench step`).
+    The runtime has its fast kernel for constant weights only, and another for these that copies row by row.
     """
     x, w = given(node, 0), given(node, 1)
     channels, *sizes = static(x, 1)
     out, inner, *kernel = static(w)
+    if not out == channels == attribute(node, "group", 1) or inner != 1:
+        raise UnsupportedAttribute("channels that are mixed")
     outs = static(node.outputs[0], 2)
-    places = math.prod(sizes) * math.prod(outs)
-    if not out == channels == attribute(node, "group", 1) or inner != 1 or places > _SMALL_MAP:
-        raise UnsupportedAttribute("a large map, or channels that are mixed")
-    window = window_of(node, kernel)
-    flat = b.op(
-        "MatMul", b.op("Reshape", w, b.ints(channels, math.prod(kernel))), b.const(_laid_out(window, sizes, outs))
-    )
-    matrix = b.op("Reshape", flat, b.ints(channels, math.prod(sizes), math.prod(outs)))
-    rows = b.op("Transpose", b.op("Reshape", x, b.ints(-1, channels, math.prod(sizes))), perm=[1, 0, 2])
+    if math.prod(sizes) * math.prod(outs) <= _SMALL_MAP:
+        return (_as_products(b, node, window_of(node, kernel), sizes, outs),)
+    if len(sizes) == 2 and 2 * sizes[1] <= sizes[0]:
+        return (_turned(b, node, window_of(node, kernel)),)
+    raise UnsupportedAttribute("a map that is neither small nor narrow")
+
+
+def _as_products(b: Builder, node: ir.Node, window: Window, sizes: Sequence[int], outs: Sequence[int]) -> ir.Value:
+    """Per channel one product with a matrix `[places, places out]`: the kernel, laid out by a constant."""
+    x, w = given(node, 0), given(node, 1)
+    channels, places = static(x, 1)[0], math.prod(sizes)
+    flat = b.op("Reshape", w, b.ints(channels, math.prod(window.kernel)))
+    laid_out = b.op("MatMul", flat, b.const(_laid_out(window, sizes, outs)))
+    matrix = b.op("Reshape", laid_out, b.ints(channels, places, math.prod(outs)))
+    rows = b.op("Transpose", b.op("Reshape", x, b.ints(-1, channels, places)), perm=[1, 0, 2])
     y = b.op("Transpose", b.op("MatMul", rows, matrix), perm=[1, 0, 2])
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         y = b.op("Add", y, b.op("Reshape", node.inputs[2], b.ints(channels, 1)))
-    return (b.op("Reshape", y, b.ints(-1, channels, *outs)),)
+    return b.op("Reshape", y, b.ints(-1, channels, *outs))
+
+
+def _turned(b: Builder, node: ir.Node, window: Window) -> ir.Value:
+    """Height and width exchanged before, and again behind."""
+    turn = [0, 1, 3, 2]
+    x, w = (b.op("Transpose", given(node, index), perm=turn) for index in (0, 1))
+    y = b.op(
+        "Conv",
+        x,
+        w,
+        *list(node.inputs)[2:],
+        group=attribute(node, "group"),
+        strides=list(window.strides[::-1]),
+        pads=[*window.begins[::-1], *window.ends[::-1]],
+        dilations=list(window.dilations[::-1]),
+    )
+    return b.op("Transpose", y, perm=turn)
 
 
 _SMALL_MAP = 6000  # places of the input times places of the output

@@ -151,11 +151,22 @@ def static_tail(value: ir.Value) -> tuple[int, ...] | None:
 
 
 def trainable_constants(graph: ir.Graph) -> list[str]:
-    """The constants that layers are made of: weights and biases of Conv, Gemm, MatMul and BatchNormalization, in order of use.
+    """The constants that layers are made of, in order of use: weights, biases, scales, embedding tables.
 
     Used where the model does not say itself which of its tensors are parameters, as an ONNX file does not.
     """
-    slots = {"Conv": (1, 2), "Gemm": (1, 2), "MatMul": (1,), "BatchNormalization": (1, 2), "Add": (0, 1)}
+    slots = {
+        "Conv": (1, 2),
+        "ConvTranspose": (1, 2),
+        "Gemm": (1, 2),
+        "MatMul": (0, 1),
+        "Add": (0, 1),
+        "Gather": (0,),
+        "PRelu": (1,),
+        **dict.fromkeys(("LSTM", "GRU", "RNN"), (1, 2, 3)),
+        **dict.fromkeys(("BatchNormalization", "LayerNormalization", "GroupNormalization"), (1, 2)),
+        "InstanceNormalization": (1, 2),
+    }
     names: list[str] = []
     for node in graph:
         inputs = list(node.inputs)

@@ -5,19 +5,22 @@
              p' = p (1 - eta lambda) - eta (m' / (1 - b1^t)) / (sqrt(v' / (1 - b2^t)) + eps)     (0.9, 0.999, 1e-8; t = h.step)
 
 AdamW: Loshchilov and Hutter, arXiv 1711.05101.
+
+`sgd+prox` and `adamw+prox` add mu (p - p0) to the gradient first, mu = h.proximal (0: off) and p0 the start of the task:
+FedProx, Li et al., arXiv 1812.06127, equation 2. One graph serves every mu.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import onnx_ir as ir
 
 from edge_sdk.bundle import HyperRange
 from export.errors import SpecError
-from export.graph import Builder, dims
+from export.graph import Builder, dims, reshaped
 
 _MOMENTUM = 0.9
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
@@ -28,7 +31,7 @@ class Optimizer:
     """How many slots per tensor, which hyper-parameters, and the rule.
 
     `update(builder, p, g, slots, hyper)` returns the new tensor and the new slots, the values of `hyper` being graph
-    inputs by name without `h.`.
+    inputs by name without `h.`. `anchored`: the start of the task is an input too, and pulls.
     """
 
     slots: int
@@ -38,6 +41,7 @@ class Optimizer:
         [Builder, ir.Value, ir.Value, Sequence[ir.Value], Mapping[str, ir.Value]],
         tuple[ir.Value, tuple[ir.Value, ...]],
     ]
+    anchored: bool = False
 
 
 def _sgd(
@@ -61,9 +65,20 @@ def _adamw(
     return b.op("Sub", kept, move), (first, second)
 
 
-OPTIMIZERS: Final[Mapping[str, Optimizer]] = {
+_PLAIN: Final[Mapping[str, Optimizer]] = {
     "sgd": Optimizer(1, {"lr": HyperRange(1e-2, 0.0, 10.0), "weight_decay": HyperRange(0.0, 0.0, 1.0)}, False, _sgd),
     "adamw": Optimizer(2, {"lr": HyperRange(1e-3, 0.0, 1.0), "weight_decay": HyperRange(1e-2, 0.0, 1.0)}, True, _adamw),
+}
+
+
+def _proximal(inner: Optimizer) -> Optimizer:
+    """The same rule on the gradient of loss + mu / 2 |p - p0|^2."""
+    return replace(inner, hyper={**inner.hyper, "proximal": HyperRange(0.0, 0.0, 1e3)}, anchored=True)
+
+
+OPTIMIZERS: Final[Mapping[str, Optimizer]] = {
+    **_PLAIN,
+    **{f"{name}+prox": _proximal(optimizer) for name, optimizer in _PLAIN.items()},
 }
 
 
@@ -81,7 +96,7 @@ def append_optimizer(
 
     Outputs are in the order of the state inputs: all tensors, then slot 0 of all, then slot 1.
     """
-    before = len(b.graph.inputs)
+    first = len(b.graph.inputs)
     tensors = list(gradients)
     slots = [[b.input(f"s{k}.{_name(p)}", "float32", dims(p)) for p in tensors] for k in range(optimizer.slots)]
     hyper = {name: b.input(f"h.{name}", "float32", ()) for name in optimizer.hyper}
@@ -90,11 +105,29 @@ def append_optimizer(
     states: list[list[ir.Value]] = [[] for _ in range(1 + optimizer.slots)]
     for index, p in enumerate(tensors):
         b.scope = f"optimizer/{_name(p)}"
-        new, new_slots = optimizer.update(b, p, gradients[p], [slot[index] for slot in slots], hyper)
-        for held, value, old in zip(states, (new, *new_slots), (p, *(slot[index] for slot in slots)), strict=True):
+        before = (p, *(slot[index] for slot in slots))
+        gradient = gradients[p]
+        if optimizer.anchored:
+            anchor = b.input(f"p0.{_name(p)}", "float32", dims(p))
+            gradient = b.op("Add", gradient, b.op("Mul", hyper["proximal"], b.op("Sub", p, anchor)))
+        new, new_slots = optimizer.update(
+            b, _flat(b, p), _flat(b, gradient, p), [_flat(b, s) for s in before[1:]], hyper
+        )
+        for held, made, old in zip(states, (new, *new_slots), before, strict=True):
+            value = reshaped(b, made, old) if _ends_in_one(old) else made
             value.name, value.shape, value.type = f"{old.name}.next", old.shape, old.type
             held.append(value)
-    return list(b.graph.inputs)[before:], [value for held in states for value in held]
+    return list(b.graph.inputs)[first:], [value for held in states for value in held]
+
+
+def _flat(b: Builder, value: ir.Value, like: ir.Value | None = None) -> ir.Value:
+    """The value along one axis if it ends in an axis of size 1: the runtime then broadcasts a scalar element by element."""
+    return b.op("Reshape", value, b.ints(-1)) if _ends_in_one(like or value) else value
+
+
+def _ends_in_one(value: ir.Value) -> bool:
+    sizes = dims(value)
+    return len(sizes) > 1 and sizes[-1] == 1
 
 
 def _name(p: ir.Value) -> str:

@@ -12,7 +12,7 @@
     [[program]]                                one per thing that devices may train
     scope = "lora"                             "lora" | "head" | "layer" | "full"
     precision = "int8"                         of the frozen part: "int8" | "float"
-    optimizer = "adamw"                        "adamw" | "sgd"
+    optimizer = "adamw"                        "adamw" | "sgd", each also with "+prox" (FedProx)
     batch = 32                                 default batch size
     rank = 4                                   further keys are options of the scope (lora: rank, alpha, targets; layer: modules)
 

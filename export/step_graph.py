@@ -7,7 +7,7 @@ on.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,11 +31,10 @@ INPUTS_LIMIT = 4_096
 
 @dataclass(frozen=True)
 class Graphs:
-    """The graphs of one program that trains, and of the one that evaluates it. `gradients` is for the proof."""
+    """The graphs of one program that trains, and of the one that evaluates it."""
 
     infer: ir.Model
     step: ir.Model
-    gradients: ir.Model
     evaluate: ir.Model
     accumulators: tuple[Accumulator, ...]
 
@@ -50,12 +49,6 @@ def build_graphs(
     def accumulate(b: Builder, output: ir.Value, target: ir.Value, weight: ir.Value) -> None:
         accumulators.extend(_accumulate(b, loss, output, target, weight))
 
-    def gradients(b: Builder, output: ir.Value, target: ir.Value, weight: ir.Value) -> None:
-        for p, found in _differentiated(b, loss, output, target, weight, names).items():
-            named = b.op("Identity", found, name=f"grad.{_table_name(p)}")
-            named.shape, named.type = p.shape, p.type
-            b.graph.outputs.append(named)
-
     def step(b: Builder, output: ir.Value, target: ir.Value, weight: ir.Value) -> None:
         _, outputs = append_optimizer(b, optimizer, _differentiated(b, loss, output, target, weight, names))
         b.graph.outputs.extend(outputs)
@@ -65,13 +58,42 @@ def build_graphs(
     graphs = Graphs(
         infer=_finished(infer, program_id),
         step=_with_loss(forward, loss, step, program_id),
-        gradients=_with_loss(forward, loss, gradients, program_id),
         evaluate=_with_loss(forward, loss, accumulate, program_id),
         accumulators=tuple(accumulators),
     )
     for model in (graphs.infer, graphs.step, graphs.evaluate):
         check_contract(model, program_id)
     return graphs
+
+
+def gradients_graph(forward: ir.Model, trainables: Sequence[Trainable], loss: Loss, program_id: str) -> ir.Model:
+    """Loss and `grad.<t>` of every trainable: what a proof looks at."""
+    names = [trainable.name for trainable in trainables]
+
+    def gradients(b: Builder, output: ir.Value, target: ir.Value, weight: ir.Value) -> None:
+        for p, found in _differentiated(b, loss, output, target, weight, names).items():
+            named = b.op("Identity", found, name=f"grad.{_table_name(p)}")
+            named.shape, named.type = p.shape, p.type
+            b.graph.outputs.append(named)
+
+    return _with_loss(forward, loss, gradients, program_id)
+
+
+def proof_constants(constants: Sequence[Trainable], seed: int) -> dict[str, Array]:
+    """Values for the constants of a round in a proof, by graph name: none is zero, or it would hide a gradient."""
+    draw = np.random.Generator(np.random.Philox(key=seed))
+    return {c.graph_name: (c.value + draw.normal(0, 0.1, c.value.shape)).astype(np.float32) for c in constants}
+
+
+def with_constants(forward: ir.Model, values: Mapping[str, Array]) -> ir.Model:
+    """The graph with these inputs made constants."""
+    model = clone(forward)
+    for value in list(model.graph.inputs):
+        if value.name in values:
+            model.graph.inputs.remove(value)
+            value.const_value = ir.tensor(values[str(value.name)], name=value.name)
+            model.graph.register_initializer(value)
+    return model
 
 
 def loss_graph(forward: ir.Model, loss: Loss) -> ir.Model:

@@ -38,7 +38,13 @@ def assign(
             device: Assignment(0, 1, program.batch_default, 0.0, seed_of(job.seed, number, device), Encoding())
             for device in devices
         }
-    encoding = Encoding(task.encoding, "clear" if refactorises else "keep")
+    encoding = Encoding(
+        task.encoding,
+        "clear" if refactorises else "keep",
+        task.density,
+        task.compression,
+        tuple(task.encodings_allowed),
+    )
     rate = learning_rate(job, number)
     return {
         device: Assignment(

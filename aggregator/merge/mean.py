@@ -2,41 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Final
 
 import numpy as np
 
-from aggregator.merge import Contribution, MergeResult, State
-from edge_sdk.bundle import Program, TensorEntry
+from aggregator.merge import ANY_STALENESS, Contribution, MergeResult, Plan, cut_by_name
+from aggregator.merge.sums import BLOCK, Sums
+from edge_sdk.bundle import Program
 from edge_sdk.tensors import Array, Tensors
 
 
-def weighted_mean(rows: Sequence[Contribution], name: str) -> Array:
-    """`sum_k p_k X_k`, `p_k` = examples over all examples; summed in float64, float32 in the shape of the tensor."""
-    total = sum(row.num_examples for row in rows)
-    mean = np.zeros(rows[0].tensors[name].shape, np.float64)
-    for row in rows:
-        mean += row.num_examples / total * row.tensors[name].astype(np.float64)
-    return mean.astype(np.float32)
+def trained_names(plan: Plan) -> tuple[str, ...]:
+    """Every tensor that some program of the round trains, accumulators left out, in the order of the programs."""
+    names = (name for program in plan.trained.values() for name in program.tensors)
+    return tuple(dict.fromkeys(name for name in names if plan.table[name].kind != "a"))
+
+
+@dataclass(frozen=True)
+class MeanRule:
+    """The rule as an entry point."""
+
+    uses: frozenset[str] = frozenset({"weights"})
+    max_staleness: int = ANY_STALENESS
+
+    def create(self, plan: Plan) -> MeanMerger:
+        """The rule fits every program."""
+        return MeanMerger(plan)
 
 
 @dataclass(frozen=True)
 class MeanMerger:
-    """Every trained tensor becomes the mean over updates, weighted by examples."""
+    """Every trained tensor becomes the mean over updates, weighted by examples. It tolerates no hostile update at all."""
 
+    plan: Plan
     refactorises: ClassVar[bool] = False
-    names: tuple[str, ...]
+    needs: ClassVar[type[Any]] = Sums
 
-    @classmethod
-    def create(cls, program: Program, table: Mapping[str, TensorEntry], settings: Any, seed: int, number: int) -> Self:
-        """The rule needs nothing but the names of the tensors."""
-        return cls(tuple(name for name in program.tensors if table[name].kind != "a"))
+    def check(self, contribution: Contribution) -> None:
+        """Any update will do."""
 
-    def finish(self, state: State, start: Tensors) -> MergeResult:
+    def empty(self) -> Sums:
+        """Sums of every trained tensor."""
+        return Sums(trained_names(self.plan), uniform=self.plan.settings.weights == "uniform")
+
+    def finish(self, state: Sums, start: Tensors) -> MergeResult:
         """The means. Raises `MergeError` if there is nothing to merge."""
-        rows = state.in_order()
-        merged = {name: weighted_mean(rows, name) for name in self.names}
-        squares = sum(float(np.sum((merged[n].astype(np.float64) - start[n]) ** 2)) for n in self.names)
-        return MergeResult(merged, {"rule": "mean", "change_norm": squares**0.5})
+        merged = {name: state.mean(name, np.float32) for name in state.names}
+        return MergeResult(merged, {"rule": "mean", "change_norm": change_norm(merged, start)})
+
+    def cut(self, model: Tensors, program: Program) -> dict[str, Array]:
+        """The tensors of that program."""
+        return cut_by_name(model, program, self.plan.table)
+
+
+def change_norm(merged: Tensors, start: Tensors) -> float:
+    """The Frobenius norm of what a merge changed; in float64, by blocks that stay in cache."""
+    total = 0.0
+    for name, value in merged.items():
+        new, old = value.reshape(-1), start[name].reshape(-1)
+        for first in range(0, len(new), BLOCK):
+            change = new[first : first + BLOCK].astype(np.float64) - old[first : first + BLOCK]
+            total += float(np.dot(change, change))
+    return float(np.sqrt(total))
+
+
+MEAN: Final = MeanRule()

@@ -105,10 +105,10 @@ def weight_gradient(
     out, inner = shape[:2]
     rank = window.rank
     axes = list(range(1, rank + 1))
-    if any(window.pads):
-        x = b.op("Pad", x, b.ints(0, 0, *window.begins, 0, 0, *window.ends))
     turn = [*range(1, rank + 2), 0]
     channels, errors = b.op("Transpose", x, perm=turn), b.op("Transpose", dy, perm=turn)
+    if any(window.pads):
+        channels = b.op("Pad", channels, b.ints(0, *window.begins, 0, 0, *window.ends, 0))
     taps = []
     for tap in itertools.product(*(range(size) for size in window.kernel)):
         starts = [d * t for d, t in zip(window.dilations, tap, strict=True)]

@@ -64,11 +64,9 @@ def _batch_normalization(b: Builder, node: ir.Node, dy: ir.Value, wanted: Wanted
     dx = dgamma = dbeta = None
     if wanted[0]:
         dx = b.op("Mul", dy, b.op("Reshape", b.op("Mul", gamma, inverse), column))
-    if wanted[1] or wanted[2]:
-        dbeta = b.op("ReduceSum", dy, others, keepdims=0)
     if wanted[1]:
-        assert dbeta is not None
-        # sum(dy * (x - mean)) = sum(dy * x) - mean * sum(dy): one pass over the map less
-        moment = b.op("ReduceSum", b.op("Mul", dy, x), others, keepdims=0)
-        dgamma = b.op("Mul", b.op("Sub", moment, b.op("Mul", mean, dbeta)), inverse)
-    return dx, dgamma, dbeta if wanted[2] else None, None, None
+        centred = b.op("Sub", x, b.op("Reshape", mean, column))
+        dgamma = b.op("Mul", b.op("ReduceSum", b.op("Mul", dy, centred), others, keepdims=0), inverse)
+    if wanted[2]:
+        dbeta = b.op("ReduceSum", dy, others, keepdims=0)
+    return dx, dgamma, dbeta, None, None

@@ -27,7 +27,10 @@ Effective = Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Trainable:
-    """One tensor that trains: its table name, its value in a new job (float32), and how it merges."""
+    """One tensor that trains, or is given with the start: table name, value in a new job (float32), and how it merges.
+
+    `kind` is the class of its graph name: `p`, or `c` for a constant of the round.
+    """
 
     name: str
     value: Array
@@ -36,14 +39,24 @@ class Trainable:
     scale: float | None = None
     rank: int | None = None
     layer_shape: tuple[int, int] | None = None
+    kind: str = "p"
+
+    @property
+    def graph_name(self) -> str:
+        """The name of the graph input that holds it."""
+        return f"{self.kind}.{self.name}"
 
 
 @dataclass(frozen=True)
 class Applied:
-    """What a scope made of a graph: the trainables, in the order of the graph, and what the model's tensors become."""
+    """What a scope made of a graph: the trainables, in the order of the graph, and what the model's tensors become.
+
+    `constants` are further inputs that come with the start and do not train.
+    """
 
     trainables: tuple[Trainable, ...]
     effective: Effective
+    constants: tuple[Trainable, ...] = ()
 
 
 class Scope(Protocol):

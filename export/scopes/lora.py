@@ -5,6 +5,9 @@
 A convolution's weight [m, c, k...] counts as [m, c k...]: A is a convolution with r channels, B one of kernel size 1. With
 groups the product is added to the weight itself. A ~ U(-sqrt(3 / n), sqrt(3 / n)), B = 0, so that a new adapter changes
 nothing. Adapters are float32 and outside every quantizer; the scale stands in the tensor table and nowhere else.
+
+One factor may rest: it is then a constant that comes with the start of a task. So is the side term `L Q`, which the gateway
+adds to a frozen weight whose file it cannot rewrite (docs/adr/side-terms.md).
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 import onnx_ir as ir
@@ -39,19 +42,25 @@ class _Layer:
 
 @dataclass(frozen=True)
 class LoraScope:
-    """Options: `rank` (4), `alpha` (twice the rank), `targets` (patterns of layer names; all by default)."""
+    """Options: `rank` (4), `alpha` (twice the rank), `targets` (patterns of layer names; all by default).
+
+    `factors`: which train, "ab", "a" or "b". `side_rank`: capacity of a side term, 0 for none. `named_by_rank`: the tensors
+    bear the rank in their names, so that programs of several ranks fit into one bundle.
+    """
 
     rank: int = 4
     alpha: float = 8.0
     targets: tuple[str, ...] = ("*",)
-    factors: ClassVar[str] = "ab"
+    factors: str = "ab"
+    side_rank: int = 0
+    named_by_rank: bool = False
 
     @classmethod
     def create(cls, options: Mapping[str, Any]) -> Self:
         """Check the options. Raises `SpecError`."""
-        unknown = sorted(set(options) - {"rank", "alpha", "targets"})
+        unknown = sorted(set(options) - set(_OPTIONS))
         if unknown:
-            raise SpecError(f"scope lora has no option {unknown[0]!r}; it has rank, alpha, targets")
+            raise SpecError(f"scope lora has no option {unknown[0]!r}; it has {', '.join(_OPTIONS)}")
         rank = options.get("rank", 4)
         if type(rank) is not int or rank < 1:
             raise SpecError(f"rank = {rank!r} of scope lora must be a whole number of 1 or more")
@@ -61,12 +70,20 @@ class LoraScope:
         targets = options.get("targets", ("*",))
         if isinstance(targets, str) or not targets:
             raise SpecError(f"targets = {targets!r} of scope lora must be a list of layer names or patterns")
-        return cls(rank, float(alpha), tuple(targets))
+        factors, side_rank = options.get("factors", "ab"), options.get("side_rank", 0)
+        if factors not in ("ab", "a", "b"):
+            raise SpecError(f'factors = {factors!r} of scope lora must be "ab", "a" or "b"')
+        if type(side_rank) is not int or side_rank < 0:
+            raise SpecError(f"side_rank = {side_rank!r} of scope lora must be a whole number of 0 or more")
+        named_by_rank = options.get("named_by_rank", False)
+        if type(named_by_rank) is not bool:
+            raise SpecError(f"named_by_rank = {named_by_rank!r} of scope lora must be true or false")
+        return cls(rank, float(alpha), tuple(targets), factors, side_rank, named_by_rank)
 
     @property
     def label(self) -> str:
-        """The rank."""
-        return f"r{self.rank}"
+        """The rank, and which factor trains if one rests."""
+        return f"r{self.rank}" + ("" if self.factors == "ab" else f"/{self.factors}")
 
     @property
     def scale(self) -> float:
@@ -82,12 +99,17 @@ class LoraScope:
                 raise UnknownTensor("target", pattern, [layer.name for layer in layers])
         builder = Builder(model.graph)
         trainables: list[Trainable] = []
+        constants: list[Trainable] = []
         for layer in chosen:
-            trainables += self._factors(layer, seed)
-            self._insert(builder, layer)
+            a, b = self._factors(layer, seed)
+            for part, held in (("a", a), ("b", b)):
+                (trainables if part in self.factors else constants).append(held)
+            side = self._side(layer)
+            constants += side
+            self._insert(builder, layer, (a, b), side)
         model.graph.sort()
         infer_shapes(model)
-        return Applied(tuple(trainables), self._effective(chosen))
+        return Applied(tuple(trainables), self._effective(chosen), tuple(constants))
 
     def _factors(self, layer: _Layer, seed: int) -> list[Trainable]:
         m, n = layer.shape
@@ -97,39 +119,48 @@ class LoraScope:
         a = draw.uniform(-bound, bound, (self.rank, n)).astype(np.float32)
         pairs: tuple[tuple[str, Array], ...] = (("lora_a", a), ("lora_b", np.zeros((m, self.rank), np.float32)))
         return [
-            Trainable(f"{layer.name}.{part}", value, part, layer.name, self.scale, self.rank, (m, n))
+            Trainable(self._named(layer, part), value, part, layer.name, self.scale, self.rank, (m, n))
             for part, value in pairs
         ]
 
-    def _insert(self, b: Builder, layer: _Layer) -> None:
+    def _named(self, layer: _Layer, part: str) -> str:
+        return f"{layer.name}.r{self.rank}.{part}" if self.named_by_rank else f"{layer.name}.{part}"
+
+    def _side(self, layer: _Layer) -> list[Trainable]:
+        """The side term, zero in a new job: L [m, q], Q [q, n]."""
+        if self.side_rank == 0:
+            return []
         m, n = layer.shape
-        node, rank = layer.node, self.rank
-        x, y = node.inputs[0], node.outputs[0]
-        assert x is not None
+        shapes = {"side_l": (m, self.side_rank), "side_q": (self.side_rank, n)}
+        return [
+            Trainable(f"{layer.name}.{part}", np.zeros(shape, np.float32), part, layer.name, None, None, (m, n), "c")
+            for part, shape in shapes.items()
+        ]
+
+    def _insert(
+        self, b: Builder, layer: _Layer, factors: tuple[Trainable, Trainable], side: Sequence[Trainable]
+    ) -> None:
+        """Add `s B A x`, and `L Q x` where there is a side term, to what the layer gives."""
+        node = layer.node
+        y = node.outputs[0]
         b.scope = f"lora/{layer.name}"
-        lora_a = b.input(f"p.{layer.name}.lora_a", "float32", (rank, n))
-        lora_b = b.input(f"p.{layer.name}.lora_b", "float32", (m, rank))
+        a_side, b_side = factors
+        terms = [(self._input(b, b_side), self._input(b, a_side), self.scale)]
+        if side:
+            terms.append((self._input(b, side[0]), self._input(b, side[1]), 1.0))
         if node.op_type == "Conv" and attribute(node, "group", 1) != 1:
-            product = b.op("Mul", b.op("MatMul", lora_b, lora_a), self.scale)
-            weight = b.op("Add", layer.weight, b.op("Reshape", product, b.ints(*static(layer.weight))))
+            weight = layer.weight
+            for left, right, scale in terms:
+                product = b.op("MatMul", left, right)
+                product = product if scale == 1.0 else b.op("Mul", product, scale)
+                weight = b.op("Add", weight, b.op("Reshape", product, b.ints(*static(layer.weight))))
             node.replace_input_with(1, weight)
             return
-        if node.op_type == "Conv":
-            kernel = static(layer.weight)[1:]
-            geometry = {k: v.value for k, v in node.attributes.items() if k in _GEOMETRY}
-            down = b.op("Conv", x, b.op("Reshape", lora_a, b.ints(rank, *kernel)), **geometry)
-            point = b.op("Reshape", lora_b, b.ints(m, rank, *[1] * (len(kernel) - 1)))
-            added = b.op("Conv", b.op("Mul", down, self.scale), point)
-        elif len(dims(x)) == 2 and not attribute(node, "transA", 0):
-            down = b.op("Mul", b.op("Gemm", x, lora_a, transB=1), self.scale)
-            added = b.op("Gemm", down, lora_b, transB=1)
-        elif node.op_type == "MatMul":
-            down = b.op("MatMul", x, b.op("Transpose", lora_a, perm=[1, 0]))
-            added = b.op("MatMul", b.op("Mul", down, self.scale), b.op("Transpose", lora_b, perm=[1, 0]))
-        else:
-            raise UnsupportedModel(f"node {node.name!r} (Gemm with transA = 1) takes no adapter")
+        added = [_thin(b, layer, left, right, scale) for left, right, scale in terms]
         users = list(y.uses())
-        adapted = b.op("Add", y, added)
+        adapted = y
+        for term in added:
+            adapted = b.op("Add", adapted, term)
         for user, index in users:
             user.replace_input_with(index, adapted)
         graph = b.graph
@@ -139,17 +170,50 @@ class LoraScope:
                 adapted.shape, adapted.type = y.shape, y.type
                 graph.outputs[index] = adapted
 
+    def _input(self, b: Builder, held: Trainable) -> ir.Value:
+        return b.input(held.graph_name, "float32", held.value.shape)
+
     def _effective(self, layers: Sequence[_Layer]) -> Any:
-        facts = [(layer.name, str(layer.weight.name), static(layer.weight), layer.transposed) for layer in layers]
+        facts = [(layer, str(layer.weight.name)) for layer in layers]  # the graph may rename the weight later
 
         def effective(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
+            held = {**frozen, **trained}
             values = {}
-            for name, weight, shape, transposed in facts:
-                product = (trained[f"{name}.lora_b"] @ trained[f"{name}.lora_a"]) * self.scale
-                values[weight] = frozen[weight] + (product.T if transposed else product.reshape(shape))
+            for layer, weight in facts:
+                product = (held[self._named(layer, "lora_b")] @ held[self._named(layer, "lora_a")]) * self.scale
+                if self.side_rank:
+                    product = product + held[f"{layer.name}.side_l"] @ held[f"{layer.name}.side_q"]
+                original = held[weight]
+                values[weight] = original + (product.T if layer.transposed else product.reshape(original.shape))
             return values
 
         return effective
+
+
+_OPTIONS = ("rank", "alpha", "targets", "factors", "side_rank", "named_by_rank")
+
+
+def _thin(b: Builder, layer: _Layer, left: ir.Value, right: ir.Value, scale: float) -> ir.Value:
+    """`scale left right x` by two thin products, left [m, r], right [r, n]: the product of the factors is never formed."""
+    node = layer.node
+    x = node.inputs[0]
+    assert x is not None
+
+    def scaled(value: ir.Value) -> ir.Value:
+        return value if scale == 1.0 else b.op("Mul", value, scale)
+
+    if node.op_type == "Conv":
+        kernel = static(layer.weight)[1:]
+        (rank, _), (m, _) = static(right), static(left)
+        geometry = {k: v.value for k, v in node.attributes.items() if k in _GEOMETRY}
+        down = b.op("Conv", x, b.op("Reshape", right, b.ints(rank, *kernel)), **geometry)
+        return b.op("Conv", scaled(down), b.op("Reshape", left, b.ints(m, rank, *[1] * (len(kernel) - 1))))
+    if len(dims(x)) == 2 and not attribute(node, "transA", 0):
+        return b.op("Gemm", scaled(b.op("Gemm", x, right, transB=1)), left, transB=1)
+    if node.op_type == "MatMul":
+        down = b.op("MatMul", x, b.op("Transpose", right, perm=[1, 0]))
+        return b.op("MatMul", scaled(down), b.op("Transpose", left, perm=[1, 0]))
+    raise UnsupportedModel(f"node {node.name!r} (Gemm with transA = 1) takes no adapter")
 
 
 _GEOMETRY = ("strides", "pads", "dilations", "kernel_shape", "auto_pad")

@@ -347,7 +347,7 @@ def test_an_operator_without_a_rule_is_named_and_what_lies_behind_it_still_train
             "differ between",
         ),
         ({"programs": [ProgramSpec("head", precision="int4")]}, SpecError, "float, int8"),
-        ({"programs": [ProgramSpec("head", optimizer="lion")]}, SpecError, "adamw, sgd"),
+        ({"programs": [ProgramSpec("head", optimizer="lion")]}, SpecError, "adamw, adamw.prox, sgd, sgd.prox"),
         ({"classes": ["a", "b"]}, SpecError, "4 classes"),
         ({"example": (np.zeros((4, 3, 21)), np.zeros(4, np.int64))}, SpecError, "float64"),
         ({"example": (np.full((4, 3, 21), np.nan, np.float32), np.zeros(4, np.int64))}, SpecError, "finite"),

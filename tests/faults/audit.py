@@ -16,9 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from aggregator.journal import RoundRecord
+from aggregator.merge import Contribution
+from aggregator.merge.sums import Sums
 from aggregator.service import MODEL_FILE
 from edge_sdk.bundle import Bundle
-from edge_sdk.tensors import digest, pack, unpack
+from edge_sdk.tensors import digest, pack
+from edge_sdk.update import decode_update
 from tests.system.site import Site
 from tests.tiny_bundle import HEAD
 
@@ -90,9 +93,9 @@ def _audit_device(site: Site, device: str, rows: list[tuple], refused: list[tupl
 
 
 def _audit_models(site: Site, journal: sqlite3.Connection, merges: list[RoundRecord]) -> int:
-    """Make every merge again from the kept bodies: weighted means in float64, in the order of (device, seq)."""
+    """Make every merge again from the kept bodies: the same bytes, and the weighted means of plain float64 arithmetic."""
     with Bundle.open(site.bundle) as bundle:
-        program = bundle.program(HEAD)
+        program, tensor_table = bundle.program(HEAD), bundle.tensors
         models = {digest(bundle.start_blob(program)): bundle.initial(program)}
     for record in merges:
         start = models[record.start]
@@ -103,13 +106,17 @@ def _audit_models(site: Site, journal: sqlite3.Connection, merges: list[RoundRec
         assert record.merge["updates"] == record.merged == len(rows)
         assert len({row[0] for row in rows}) == len(rows)
         total = sum(row[2] for row in rows)
-        sums = {name: np.zeros(value.shape, np.float64) for name, value in start.items()}
+        means = {name: np.zeros(value.shape, np.float64) for name, value in start.items()}
+        state = Sums(list(start))
         for device, upload, examples in rows:
-            change, metadata = unpack(_body(journal, device, upload))
-            assert metadata["encoding"] == "float32"
-            for name in sums:
-                sums[name] += examples / total * (start[name] + change[name]).astype(np.float64)
-        candidate = {name: value.astype(np.float32) for name, value in sums.items()}
+            body = _body(journal, device, upload)
+            trained = decode_update(body, program, tensor_table, start, record.start, allowed=["float32"])
+            state.add(Contribution(device, 1, examples, start, trained))
+            for name, value in trained.items():
+                means[name] += examples / total * value.astype(np.float64)
+        candidate = {name: state.mean(name).astype(np.float32) for name in start}
+        for name, value in means.items():
+            np.testing.assert_allclose(candidate[name], value, rtol=0, atol=2.0**-22 * max(1.0, np.abs(value).max()))
         name = digest(pack(candidate))
         assert name == record.candidate, f"round {record.round} merged something else than its updates"
         assert record.model == (name if record.outcome == "accepted" else record.start)
