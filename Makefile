@@ -3,7 +3,7 @@
 #   make test  ARGS="-k outbox"                  all tests, the same as CI
 #   make check                                   ruff, mypy strict, import rules
 #   make soak  ARGS="-k chaos"                   the tests that run for minutes: kills for half an hour, and the like
-#   make fuzz  SECONDS=600                       what strangers send, thrown at every parser, guided by coverage
+#   make fuzz  FUZZ_SECONDS=600                  what strangers send, thrown at every parser, guided by coverage
 #   make bench NAME=watch ARGS="--json out.json" one benchmark; without NAME: all of them
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
@@ -11,7 +11,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 TORCH ?= torch==2.13.0
 OLDEST_ONNXRUNTIME ?= onnxruntime==1.23.2
 ARGS ?=
-SECONDS ?= 60
+FUZZ_SECONDS ?= 60
 PARSERS = wire topic tensors update bundle job registry config
 BENCHMARKS = watch footprint step chaos
 
@@ -33,10 +33,9 @@ soak: .venv/ready
 
 # atheris is in no other extra: it has wheels for few platforms.
 fuzz: .venv/ready
-	.venv/bin/pip install -q '.[fuzz]'
-	.venv/bin/pip install -q --no-deps -e .
+	.venv/bin/pip install -q -e '.[fuzz]'
 	@set -e; for parser in $(PARSERS); do \
-		.venv/bin/python -m tests.security.fuzz $$parser -max_total_time=$(SECONDS) $(ARGS); \
+		.venv/bin/python -m tests.security.fuzz $$parser -max_total_time=$(FUZZ_SECONDS) $(ARGS); \
 	done
 
 check: .venv/ready

@@ -160,12 +160,14 @@ class Site:
 
 
 def toml(value: Any) -> str:
+    """A value in TOML."""
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{name} = {toml(item)}" for name, item in value.items()) + " }"
     return json.dumps(value)
 
 
 def spawn(arguments: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start Python with these arguments; what it writes goes to the end of `log`."""
     with log.open("ab") as sink:
         return subprocess.Popen(
             [sys.executable, *arguments], stdout=sink, stderr=sink, env={**os.environ, **environment}
@@ -173,6 +175,7 @@ def spawn(arguments: list[str], log: Path, environment: dict[str, str]) -> subpr
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM, ten seconds, SIGKILL."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         try:
@@ -214,6 +217,7 @@ class Running:
 
 
 def free_port() -> int:
+    """A port of the loopback interface that nobody uses now."""
     import socket
 
     with socket.socket() as probe:
