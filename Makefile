@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 TORCH ?= torch==2.13.0
 OLDEST_ONNXRUNTIME ?= onnxruntime==1.23.2
 ARGS ?=
-BENCHMARKS = watch footprint
+BENCHMARKS = watch footprint merge lora_study robust_study encodings
 
 sources := $(shell find edge_sdk aggregator export devices -name '*.py')
 
@@ -30,8 +30,11 @@ check: .venv/ready
 	.venv/bin/lint-imports
 
 bench: .venv/ready .venv-device/ready
+	.venv/bin/pip install -q -e '.[bench]'
 	@scripts/install_mosquitto.sh
-	@set -e; for name in $(if $(NAME),$(subst -,_,$(NAME)),$(BENCHMARKS)); do .venv/bin/python -m benchmarks.$$name $(ARGS); done
+	@set -e; for name in $(if $(NAME),$(subst -,_,$(NAME)),$(BENCHMARKS)); do \
+		TORCH="$(TORCH)" .venv/bin/python -m benchmarks.$$name $(ARGS); \
+	done
 
 format: .venv/ready
 	.venv/bin/ruff check --fix .
@@ -63,4 +66,4 @@ format: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-device .venv-oldest .demo
+	rm -rf .venv .venv-device .venv-oldest .venv-flower .demo

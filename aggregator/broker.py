@@ -151,7 +151,7 @@ class Broker:
     def description(self) -> str:
         """For people: which broker, where."""
         if self.kind == "iotcore":
-            return f"embedded iotcore at {self.url}; demo broker: nothing survives a restart"
+            return f"iotcore (embedded) at {self.url}; demo broker: nothing survives a restart"
         return f"{self.kind} at {self.url}"
 
     def start(self) -> str:

@@ -41,8 +41,8 @@ Transitions of one upload (in this order; the first row that fits)
 | VERIFYING | VerifyFailed                               | DropOffer, Refuse, Ack rejected bad_content   |
 | VERIFYING | PhaseClosed                                | none: it is finished, and counted by `rounds` |
 
-Presence: the pair (boot, connection) of the last birth counts. A new pair gets a `sync` command; an
-`offline` of another pair is answered with `rebirth`, because the retained copy is now wrong. Two devices
+Presence: the pair (boot, connection) of the last birth counts. A new pair gets a `sync` command, and gets it
+again when the gateway's own connection was lost, for the command may have been lost with it; an `offline` of another pair is answered with `rebirth`, because the retained copy is now wrong. Two devices
 with one id show as a second outbox while the first boot is online, or as a boot that comes back after
 another has replaced it: an alarm.
 """
@@ -288,6 +288,11 @@ class PhaseClosed(Event):
     """Uploads for the open tasks are no longer welcome, but for those of the devices `keep`."""
 
     keep: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class LinkRestored(Event):
+    """The gateway is connected again; what it sent last may have been lost."""
 
 
 @dataclass(frozen=True)
@@ -681,6 +686,11 @@ def _phase_closed(state: Intake, event: PhaseClosed) -> Result:
     return replace(state, uploads=_without(state.uploads, *closed), tasks=kept), effects
 
 
+def _link_restored(state: Intake, _event: LinkRestored) -> Result:
+    greeted = [presence for device, presence in sorted(state.presence.items()) if device in state.synced]
+    return state, tuple(SendCommand(p.device, "sync", p.boot, p.connection) for p in greeted)
+
+
 def _storage(state: Intake, event: StorageChanged) -> Result:
     was, state = state.storage_full, replace(state, storage_full=event.full)
     if event.full and not was:
@@ -799,6 +809,7 @@ HANDLERS: Mapping[type[Event], Callable[[Intake, Any], Result]] = MappingProxyTy
         PhaseOpened: _phase_opened,
         TasksIssued: _tasks_issued,
         PhaseClosed: _phase_closed,
+        LinkRestored: _link_restored,
         StorageChanged: _storage,
     }
 )

@@ -41,6 +41,7 @@ FILE = "journal.sqlite"
 LOCK = "journal.lock"
 SCHEMA = 1
 REFUSALS_KEPT = 4096
+REFUSALS_SHOWN = 32
 SEQS_KEPT = 1024  # per (device, outbox_id); above the outbox cap of 256 entries (transport.md 6.2)
 
 
@@ -95,6 +96,18 @@ class Alarm:
     count: int
     first: int  # gateway ms
     last: int
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why an update was refused; `detail` says what was found and what was expected."""
+
+    at: int  # gateway ms
+    device: str
+    upload: str
+    round: int
+    reason: str
+    detail: str
 
 
 @dataclass(frozen=True)
@@ -186,6 +199,7 @@ class Status:
     refused: Mapping[str, int]
     duplicated: int  # ledger rows merged more than once: 0 by construction, counted all the same
     history: Sequence[RoundRecord]
+    refusals: Sequence[Refusal] = ()  # the newest, oldest first
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary, for `--json`."""
@@ -565,11 +579,12 @@ class Journal:
         )
         return [Presence(*(*row[:4], bool(row[4]), *row[5:])) for row in rows]
 
-    def next_counter(self, device: str) -> int:
-        """The next number of a command to a device; rises for ever."""
+    def next_counter(self, device: str, now: int) -> int:
+        """The next number of a command to a device. It rises for ever, also above those of a journal before this one."""
         row = self._db.execute(
-            "INSERT INTO counter VALUES (?, 1) ON CONFLICT (device) DO UPDATE SET value=value+1 RETURNING value",
-            (device,),
+            "INSERT INTO counter VALUES (?1, ?2) "
+            "ON CONFLICT (device) DO UPDATE SET value=max(value+1, ?2) RETURNING value",
+            (device, now),
         ).fetchone()
         return int(row[0])
 
@@ -603,9 +618,9 @@ class Journal:
         )
         self._db.execute("DELETE FROM refusal WHERE id<=?", (new.lastrowid - REFUSALS_KEPT if new.lastrowid else 0,))
 
-    def refusals(self) -> list[tuple[str, str, int, str, str]]:
-        """(device, upload, round, reason, detail) of the newest refusals, oldest first."""
-        return list(self._db.execute("SELECT device, upload, round, reason, detail FROM refusal ORDER BY id"))
+    def refusals(self) -> list[Refusal]:
+        """The newest refusals, oldest first."""
+        return _refusals(self._db, REFUSALS_KEPT)
 
     def status(self, rounds: int) -> Status:
         """The job at a glance, from this open journal."""
@@ -758,7 +773,13 @@ def _status(db: sqlite3.Connection, rounds: int, *, running: bool) -> Status:
         # second merge.
         duplicated=0 if compacted else max(0, folded - trained),
         history=[_record(db, json.loads(row[0])) for row in db.execute("SELECT record FROM round ORDER BY round")],
+        refusals=_refusals(db, REFUSALS_SHOWN),
     )
+
+
+def _refusals(db: sqlite3.Connection, most: int) -> list[Refusal]:
+    rows = db.execute("SELECT at, device, upload, round, reason, detail FROM refusal ORDER BY id DESC LIMIT ?", (most,))
+    return [Refusal(*row) for row in rows][::-1]
 
 
 def _record(db: sqlite3.Connection, fields: dict[str, Any]) -> RoundRecord:

@@ -135,7 +135,7 @@ class _Outgoing:
     expiry: int | None = None
 
 
-_Work = intake.Verify | rounds.Merge | rounds.Judge
+_Work = intake.Verify | rounds.Merge | rounds.Judge | rounds.FinishJob
 _Result = _Merged | _MergeRefused | _Judged | _Alarmed
 _Input = Message | intake.Event | rounds.Event | _Result
 _Outward = intake.Effect | rounds.Effect
@@ -176,6 +176,7 @@ class Service:
         self._finished = False
         self._reconnect_at: float | None = None
         self._subscribed = False
+        self._told_down = False  # that there is no connection; said once until there is one
         self._heard = self._ticked = self._shown = 0.0
 
     def stop(self) -> None:
@@ -200,7 +201,8 @@ class Service:
             self._flush_traffic(self._rounds.round)
             status = self._journal.status(job.rounds)
             if self._finished:
-                _write_summary(job.state / SUMMARY_FILE, status)
+                text = json.dumps(status.to_json(), indent=1, sort_keys=True) + "\n"
+                _write(job.state / SUMMARY_FILE, text.encode())
             else:
                 status = replace(status, state="stopped")
         if self._on_progress is not None:
@@ -329,15 +331,21 @@ class Service:
 
     def _on_link(self, event: LinkEvent) -> None:
         if isinstance(event, LinkUp):
-            log.info("connected to the broker")
+            log.log(logging.WARNING if self._told_down else logging.INFO, "connected to the broker")
+            self._told_down = False
+            again = self._subscribed
             if not event.session_present or not self._subscribed:
                 self._attempt(lambda: self._link.subscribe(self._address.aggregator_subscriptions()))
                 self._subscribed = True
             self._outbox.clear()
             for topic, payload, expires in self._journal.published():
                 self._queue_retained(topic, payload, expires)
+            if again:
+                self._process([intake.LinkRestored(self._clock.now())])
         elif isinstance(event, LinkDown):
-            log.warning("no connection to the broker: %s", event.reason)
+            if not self._told_down:
+                log.warning("no connection to the broker: %s; trying again until it answers", event.reason)
+                self._told_down = True
             self._reconnect_at = time.monotonic() + random.uniform(0.1, 1.0)  # noqa: S311 - jitter
 
     def _process(self, items: Iterable[_Input]) -> bool:
@@ -450,7 +458,7 @@ class Service:
             if isinstance(effect, intake.Durable):
                 self._write(effect, payload, out)
             elif isinstance(effect, intake.SendCommand):
-                out.append(_Command(effect, self._journal.next_counter(effect.device)))
+                out.append(_Command(effect, self._journal.next_counter(effect.device, event.now)))
             else:
                 out.append(effect)
 
@@ -701,10 +709,8 @@ class Service:
                     self._outbox.append(_Outgoing(topic, data, "", device, expiry=BLOB_EXPIRY))
             case _Command(command, counter):
                 self._send_command(command, counter)
-            case intake.Verify() | rounds.Merge() | rounds.Judge():
+            case intake.Verify() | rounds.Merge() | rounds.Judge() | rounds.FinishJob():
                 self._work.append(effect)
-            case rounds.FinishJob(model):
-                self._finish_job(model)
             case _:
                 raise AssertionError(f"no one carries out {effect}")
 
@@ -837,12 +843,13 @@ class Service:
                 if self._rounds.phase is not rounds.Phase.JUDGE:
                     return []
                 return [_Judged(work, self._fold.judge(number, model, candidate))]
+            case rounds.FinishJob(model):
+                self._finish_job(model)
+                return []
 
     def _finish_job(self, model: str) -> None:
         target = self._job.state / MODEL_FILE
-        aside = target.with_suffix(".tmp")
-        aside.write_bytes(self._blobs.read(model))
-        aside.replace(target)
+        _write(target, self._blobs.read(model))
         moments = self._fold.moments_of(self._rounds.round + 1, model)
         self._blobs.prune({model} | ({moments} if moments else set()))
         self._finished = True
@@ -901,7 +908,8 @@ class Service:
         now = self._clock.now()
         held, self._held = list(self._held.values()), {}
         alarm = _Alarmed("disk_full", "", "a transaction had to wait for space; nothing that was accepted is lost")
-        self._process([alarm, intake.StorageChanged(now, full=False), *held, rounds.Restarted(now)])
+        restored = [intake.StorageChanged(now, full=False), intake.LinkRestored(now)]
+        self._process([alarm, *restored, *held, rounds.Restarted(now)])
 
     def _without_disk(self, items: Sequence[_Input]) -> None:
         """What can be answered while nothing can be written: offers (`wait`, or a verdict from the ledger), fetches."""
@@ -918,7 +926,11 @@ class Service:
                         self._carry_out(effect)
 
 
-def _write_summary(path: Path, status: Status) -> None:
+def _write(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all. Raises `StorageError`."""
     aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(status.to_json(), indent=1, sort_keys=True) + "\n")
-    aside.replace(path)
+    try:
+        aside.write_bytes(data)
+        aside.replace(path)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written ({error.strerror}); free some disk space") from error

@@ -10,7 +10,9 @@ Rules (transport.md, sections 1, 5, 8.1, 9)
    `Started` carried; effects are carried out by `edge_sdk.device`. The same events give the same effects.
 4. Gateway time comes from the signed `sync` command alone, which echoes this birth; later signed messages may move it
    forward, never back. Before it no task is started, so that a retained task of last week does no harm.
-5. An event that means nothing in this state changes nothing: the network is not a caller.
+5. A round or a task is older than another if it was made earlier by the gateway's clock. Numbers do not tell: a job that
+   is begun anew counts from 0 again.
+6. An event that means nothing in this state changes nothing: the network is not a caller.
 
 Three regions. Link: OFFLINE, CONNECTING, ONLINE, STOPPING. Upload, one at a time: IDLE, OFFERED, SENDING, WAITING (HELD
 entries stand aside until a time). Work: NONE, FETCHING, READY, TRAINING.
@@ -62,6 +64,7 @@ DELETE: Final = frozenset(
 QUARANTINE: Final = frozenset({Reason.SEQ_CONFLICT, Reason.BAD_SIGNATURE, Reason.UNSUPPORTED_VERSION})
 _LONGEST_WAIT: Final = 600.0
 _STEADY: Final = 10.0  # seconds after which a connection counts as a good one
+_SUSPICIOUS: Final = 3  # connections in a row that did not last
 _FETCH_AGAIN: Final = 4.0
 
 
@@ -137,6 +140,7 @@ class Conversation:
     up_since: float = 0.0
     subscribed: bool = False
     attempts: int = 0
+    brief: int = 0  # connections in a row that did not last
     draws: int = 0
     window: int = WINDOW
     queue: tuple[Head, ...] = ()
@@ -146,9 +150,11 @@ class Conversation:
     reported: int = 0  # entries that the last status told of
     work: Work = Work.NONE
     task: Task | None = None
+    declined: tuple[str, str] | None = None  # the last task, and why; said with every status until there is another
     start: Blob | None = None  # of the task, while it is missing
     model: Blob | None = None  # to serve with, while it is missing
     round: int = 0
+    opened: int = 0  # gateway ms: when that round was opened; the later one is the newer, whatever their numbers
     paused: Paused = Paused.NONE
     synced: bool = False
     offset: float = 0.0  # gateway seconds at monotonic 0
@@ -210,9 +216,10 @@ class CommandReceived(Event):
 
 @dataclass(frozen=True)
 class RoundSeen(Event):
-    """The signed round manifest: its number, and the model to serve with, if chunks of it are missing."""
+    """The signed round manifest: its number, when it was opened, and the model to serve with, if chunks of it are missing."""
 
     round: int
+    opened: int  # gateway ms
     model: Blob | None
 
 
@@ -487,7 +494,7 @@ def _link_up(state: Conversation, event: LinkUp) -> Result:
     if not event.session_present or not state.subscribed:  # a new process has not seen the retained messages
         effects += (Subscribe(),)
         state = replace(state, subscribed=True)
-    effects += (PublishStatus(State.ONLINE),)
+    effects += (PublishStatus(State.ONLINE, state.declined),)
     state, more = _fetch(state, event.now)
     state, offered = _offer_next(state, event.now)
     return state, (*effects, *more, *offered)
@@ -498,10 +505,12 @@ def _link_down(state: Conversation, event: LinkDown) -> Result:
     # A connection that did not last is no reason to hurry: somebody may use the same name.
     steady = was_up and event.now - state.up_since >= _STEADY
     attempts = 0 if steady else state.attempts
+    brief = state.brief if not was_up else 0 if steady else state.brief + 1
     state = replace(
         state,
         link=LinkState.OFFLINE,
         attempts=attempts + 1,
+        brief=brief,
         upload=None,
         start=_unasked(state.start),
         model=_unasked(state.model),
@@ -509,7 +518,11 @@ def _link_down(state: Conversation, event: LinkDown) -> Result:
     longest = 5.0 if was_up and attempts == 0 else min(60.0, 2.0**attempts)
     state, delay = _draw(state, 0.0, longest)
     effects: Effects = (CancelTimer("verdict"), CancelTimer("fetch"), CancelTimer("held"))
-    return state, (*effects, SetTimer("connect", delay), Notify("offline", event.reason))
+    effects += (SetTimer("connect", delay), Notify("offline", event.reason))
+    if was_up and brief and brief % _SUSPICIOUS == 0:  # before MQTT 5, and in mosquitto 2.0, no broker says why
+        told = f"{brief} connections in a row ended within {_STEADY:g} s: does another device use this id?"
+        effects += (Notify("error", told),)
+    return state, effects
 
 
 def _unasked(blob: Blob | None) -> Blob | None:
@@ -541,7 +554,7 @@ def _offer_next(state: Conversation, now: float) -> Result:
         soonest = min(state.held[head.upload] for head in state.queue)
         return state, (SetTimer("held", max(0.1, soonest - now)),)
     if state.reported:  # the gateway waits for a device that said it has something
-        return replace(state, reported=0), (PublishStatus(State.ONLINE),)
+        return replace(state, reported=0), (PublishStatus(State.ONLINE, state.declined),)
     return state, ()
 
 
@@ -648,11 +661,11 @@ def _reoffer(state: Conversation, now: float) -> Result:
 
 
 def _round(state: Conversation, event: RoundSeen) -> Result:
-    if event.round < state.round:
+    if event.opened < state.opened:
         return _ignore(state, "old_round")
-    state = replace(state, round=event.round, model=event.model)
+    state = replace(state, round=event.round, opened=event.opened, model=event.model)
     effects: Effects = ()
-    if state.task is not None and state.task.round < event.round:
+    if state.task is not None and state.task.now < event.opened:
         state, effects = _drop(state)
     state, more = _fetch(state, event.now)
     return state, (*effects, *more)
@@ -663,17 +676,14 @@ def _task(state: Conversation, event: TaskOffered) -> Result:
     if state.task is not None and state.task.task == task.task:
         return _ignore(state, "same_task")
     late = state.synced and state.gateway_now(event.now) * 1000 >= task.deadline
-    if task.round < state.round or late:
+    if task.now < state.opened or late:
         return _ignore(state, "old_task")
     state, effects = _drop(state)
     if event.refusal is not None:
-        return state, (
-            *effects,
-            PublishStatus(State.ONLINE, (task.task, event.refusal)),
-            Notify("declined", event.refusal),
-        )
+        state, told = _decline(state, task.task, event.refusal)
+        return state, (*effects, *told)
     work = Work.READY if event.start is None else Work.FETCHING
-    state = replace(state, task=task, work=work, start=event.start)
+    state = replace(state, task=task, work=work, start=event.start, declined=None)
     state, more = _fetch(state, event.now)
     state, begun = _begin(state, event.now)
     return state, (*effects, *more, *begun)
@@ -713,8 +723,13 @@ def _task_failed(state: Conversation, event: TaskFailed) -> Result:
     if state.task is None or state.task.task != event.task:
         return _ignore(state, "task_failed")
     state, effects = _drop(replace(state, work=Work.NONE))
-    declined = PublishStatus(State.ONLINE, (event.task, event.reason[:64]))
-    return state, (*effects, declined, Notify("declined", event.reason))
+    state, told = _decline(state, event.task, event.reason)
+    return state, (*effects, *told)
+
+
+def _decline(state: Conversation, task: str, reason: str) -> Result:
+    state = replace(state, declined=(task, reason[:64]))
+    return state, (PublishStatus(State.ONLINE, state.declined), Notify("declined", reason))
 
 
 def _task_postponed(state: Conversation, event: TaskPostponed) -> Result:
@@ -729,7 +744,7 @@ def _gate(state: Conversation, event: Gate) -> Result:
     state = replace(state, paused=event.paused)
     effects: Effects = (Notify("paused" if event.paused is not Paused.NONE else "resumed", event.paused),)
     if state.link is LinkState.ONLINE:
-        effects += (PublishStatus(State.ONLINE),)
+        effects += (PublishStatus(State.ONLINE, state.declined),)
     state, begun = _begin(state, event.now)
     return state, (*effects, *begun)
 
@@ -828,7 +843,7 @@ def _command(state: Conversation, event: CommandReceived) -> Result:
             state, effects = _begin(state, event.now)
             return state, (saved, *effects)
         case Order.REBIRTH:
-            return state, (saved, PublishStatus(State.ONLINE))
+            return state, (saved, PublishStatus(State.ONLINE, state.declined))
         case Order.PAUSE | Order.RESUME:
             paused = command.command is Order.PAUSE
             return state, (saved, SetPaused(paused), PublishReply(command.id, True))

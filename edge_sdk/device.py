@@ -42,7 +42,7 @@ from edge_sdk.outbox import Draft, Outbox
 from edge_sdk.runtime import Predictor, RuntimeProfile, StepResult
 from edge_sdk.samples import Ids, SampleStore
 from edge_sdk.tensors import Array, digest, unpack
-from edge_sdk.training import Outcome, TaskCancelled, TaskSpec, hottest_zone, run_task
+from edge_sdk.training import THERMAL_ZONES, Outcome, TaskCancelled, TaskSpec, hottest_zone, run_task
 from edge_sdk.update import Encoding, max_update_bytes
 from edge_sdk.wire import Address, Paused, WireError
 
@@ -101,11 +101,19 @@ class EdgeDevice:
     """One device. Open it with `EdgeDevice.open`; safe to use from several threads.
 
     `on_event` is called with a `DeviceEvent` from a background thread; what it raises is logged and changes nothing.
+    `thermal_zones` is where Linux tells temperatures.
     """
 
-    def __init__(self, config: DeviceConfig, *, on_event: Callable[[DeviceEvent], None] | None = None) -> None:
+    def __init__(
+        self,
+        config: DeviceConfig,
+        *,
+        on_event: Callable[[DeviceEvent], None] | None = None,
+        thermal_zones: Path = THERMAL_ZONES,
+    ) -> None:
         self.config = config
         self.on_event = on_event
+        self._thermal_zones = thermal_zones
         with contextlib.ExitStack() as stack:
             self._lock_file = _lock(config.store)
             stack.callback(os.close, self._lock_file)
@@ -136,7 +144,7 @@ class EdgeDevice:
         self._link = Link(config.broker, config.id, on_event=self._took)
         self._courtesy = _Courtesy()
         self._events: queue.Queue[talk.Event | LinkEvent | None] = queue.Queue()
-        self._waiting_messages = 0
+        self._undone: dict[str, Message | talk.Effect] = {}  # what a full disk prevented, to be done when there is room
         self._timers: list[tuple[float, int, str]] = []
         self._timer_ids: dict[str, int] = {}
         self._numbers = itertools.count()
@@ -255,7 +263,7 @@ class EdgeDevice:
             updates_dropped=waiting.dropped,
             bytes_up=self._link.bytes_sent,
             bytes_down=self._link.bytes_received,
-            temperature=hottest_zone(),
+            temperature=hottest_zone(self._thermal_zones),
             refused_messages=self._refused,
         )
 
@@ -271,10 +279,8 @@ class EdgeDevice:
 
     def _took(self, event: LinkEvent) -> None:
         """From paho's thread: enqueue and nothing else. A flood of blob chunks is cut; they will be asked for again."""
-        if isinstance(event, Message):
-            if self._waiting_messages >= _INBOX and "/down/blob/" in event.topic:
-                return
-            self._waiting_messages += 1
+        if isinstance(event, Message) and self._events.qsize() >= _INBOX and _is_blob(event):
+            return
         self._events.put(event)
 
     def _put(self, event: talk.Event) -> None:
@@ -293,9 +299,7 @@ class EdgeDevice:
             try:
                 self._handle(event)
             except StorageError as error:
-                log.error("%s", error)
-                self._tell("error", str(error))
-                self._look()
+                self._held_disk(error)
             except Exception as error:
                 log.exception("an event could not be handled: %s", type(event).__name__)
                 self._tell("error", f"{type(error).__name__}: {error}")
@@ -303,7 +307,6 @@ class EdgeDevice:
     def _handle(self, event: talk.Event | LinkEvent) -> None:
         match event:
             case Message():
-                self._waiting_messages -= 1
                 self._message(event)
             case LinkUp():
                 self._advance(talk.LinkUp(_now(), event.session_present, event.receive_max))
@@ -314,15 +317,38 @@ class EdgeDevice:
                 chunk = self._sent.pop(event.mid, None)
                 if chunk is not None:
                     self._advance(talk.ChunkSent(_now(), *chunk))
+                    if self._state.upload is not None and self._state.upload.stage is talk.Stage.WAITING:
+                        faults.point("D5")
             case _Look():
                 self._set_timer("look", _LOOK_AGAIN)
+            case _OutboxGrew():
+                self._advance(talk.OutboxChanged(_now(), self._queue()))
             case _:
                 self._advance(event)
 
     def _advance(self, event: talk.Event) -> None:
         self._state, effects = talk.step(self._state, event)
         for effect in effects:
+            self._perform(effect)
+
+    def _perform(self, effect: talk.Effect) -> None:
+        """Carry out an effect; what a full disk prevents does not keep the others from happening."""
+        try:
             self._carry_out(effect)
+        except StorageError as error:
+            self._undone[repr(effect)] = effect
+            self._held_disk(error)
+
+    def _do_undone(self) -> None:
+        """Once more what a full disk prevented."""
+        undone, self._undone = self._undone, {}
+        for item in undone.values():
+            if isinstance(item, Message):
+                self._message(item)
+            else:
+                self._perform(item)
+        if undone:
+            self._advance(talk.OutboxChanged(_now(), self._queue()))
 
     def _fire(self) -> None:
         now = _now()
@@ -331,6 +357,7 @@ class EdgeDevice:
             if self._timer_ids.get(name) == number:
                 del self._timer_ids[name]
                 if name == "look":
+                    self._do_undone()
                     self._look()
                 else:
                     self._advance(talk.TimerFired(now, name))
@@ -410,10 +437,15 @@ class EdgeDevice:
         if parsed is None or parsed.device not in (None, self.config.id):
             self._refuse(f"topic {message.topic}")
             return
+        self._undone.pop(message.topic, None)  # a newer one replaces it
         try:
             self._understand(parsed, message)
         except WireError as error:
             self._refuse(f"{parsed.kind}: {error}")
+        except StorageError as error:
+            if not _is_blob(message):  # a chunk is asked for again
+                self._undone[message.topic] = message
+            self._held_disk(error)
 
     def _refuse(self, what: str) -> None:
         self._refused += 1
@@ -449,13 +481,13 @@ class EdgeDevice:
         model = None
         # A larger one belongs to a program that does not predict here.
         fits = 0 < manifest.model_bytes <= max(self._bundle.start_limit(program) for program in self._servable)
-        if manifest.model is not None and fits and manifest.round >= self._state.round:
+        if manifest.model is not None and fits and manifest.opened >= self._state.opened:
             self._serve = manifest.model
             if manifest.model != self._model:
                 model = self._blob(manifest.model, manifest.model_bytes)
                 if model is None:
                     self._adopt()
-        self._advance(talk.RoundSeen(_now(), manifest.round, model))
+        self._advance(talk.RoundSeen(_now(), manifest.round, manifest.opened, model))
 
     def _task(self, task: wire.Task) -> None:
         if self._outbox.task_done(task.task):
@@ -668,6 +700,8 @@ class EdgeDevice:
         held = self._brake(present)
         if held is not Paused.NONE:
             return held
+        if self._undone:
+            return Paused.DISK
         largest = max(max_update_bytes(program, self._bundle.tensors) for program in self._bundle.programs.values())
         return Paused.NONE if self._outbox.has_room(largest) else Paused.DISK
 
@@ -677,7 +711,7 @@ class EdgeDevice:
             return Paused.USER
         limit = self.config.limits.temperature_celsius
         if limit is not None:
-            hottest = hottest_zone()
+            hottest = hottest_zone(self._thermal_zones)
             if hottest is not None and hottest > limit - (_COOLER if present is Paused.HEAT else 0.0):
                 return Paused.HEAT
         return Paused.NONE
@@ -694,8 +728,11 @@ class EdgeDevice:
             self._cancelled.discard(task.task)
             self._progress = (0, 0)
             if event is not None:
-                self._put(event)
-                self._put(talk.OutboxChanged(_now(), self._queue()))
+                self._report(event)
+
+    def _report(self, event: talk.Event) -> None:
+        self._put(event)
+        self._put(_OutboxGrew(_now()))
 
     def _do(self, task: wire.Task) -> talk.Event | None:
         if self._obstacle(Paused.NONE) is Paused.DISK:
@@ -732,14 +769,14 @@ class EdgeDevice:
         try:
             self._store(task, outcome)
         except StorageError as error:
-            log.error("%s", error)
-            self._tell("error", str(error))
-            self._held_disk()
+            self._held_disk(error)
             return talk.TaskPostponed(_now(), task.task)
         return talk.TaskDone(_now(), task.task)
 
-    def _held_disk(self) -> None:
+    def _held_disk(self, error: StorageError) -> None:
         """The disk has just refused: hold training back, and look again later."""
+        log.error("%s", error)
+        self._tell("error", str(error))
         self._put(talk.Gate(_now(), Paused.DISK))
         self._put_look_timer()
 
@@ -804,6 +841,11 @@ class _Look(talk.Event):
     """Look again at what holds training back, after a while."""
 
 
+@dataclass(frozen=True)
+class _OutboxGrew(talk.Event):
+    """Read the outbox, on the thread that deletes from it: what the training thread sees may end before it is told."""
+
+
 class _Courtesy:
     """Predictions go first: a step waits while one is under way, but not for ever."""
 
@@ -827,6 +869,10 @@ class _Courtesy:
         """Before a step."""
         with self._condition:
             self._condition.wait_for(lambda: self._serving == 0, timeout=_PATIENCE)
+
+
+def _is_blob(message: Message) -> bool:
+    return "/down/blob/" in message.topic
 
 
 def _now() -> float:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from edge_sdk import faults
@@ -39,14 +40,12 @@ class Downloads:
     def put(self, digest: str, data: bytes) -> None:
         """Store a blob that the device made itself."""
         aside = self._folder / f"{digest}.new"
-        try:
+        with _writing(aside):
             with aside.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             self._rename(aside, digest)
-        except OSError as error:
-            raise StorageError(f"{aside}: cannot be stored ({error.strerror}); free some disk space") from error
 
     def missing(self, digest: str, size: int) -> frozenset[int]:
         """The chunk indexes that are still to be fetched of a blob of `size` bytes; empty if it is complete."""
@@ -64,7 +63,7 @@ class Downloads:
         expected = size - (chunks - 1) * CHUNK if index == chunks - 1 else CHUNK
         if not 0 <= index < chunks or len(data) != expected:
             return False
-        try:
+        with _writing(self._part(digest)):
             if not self._part(digest).exists():
                 with self._part(digest).open("wb") as file:
                     os.posix_fallocate(file.fileno(), 0, size)
@@ -72,10 +71,6 @@ class Downloads:
             with self._part(digest).open("r+b") as file:
                 file.seek(index * CHUNK)
                 file.write(data)
-        except OSError as error:
-            raise StorageError(
-                f"{self._part(digest)}: cannot be written ({error.strerror}); free some disk space"
-            ) from error
         self._fresh.setdefault(digest, set()).add(index)
         if len(self._fresh[digest]) >= WINDOW or not self.missing(digest, size):
             self._flush(digest, size)
@@ -84,16 +79,18 @@ class Downloads:
     def finish(self, digest: str) -> bool:
         """Check a blob whose chunks are all here and give it its name. False, and everything dropped, if its SHA-256 is wrong."""
         part = self._part(digest)
-        with part.open("rb") as file:
-            right = hashlib.file_digest(file, "sha256").hexdigest() == digest
-            if right:
-                os.fsync(file.fileno())
-        if right:
-            faults.point("D9")
-            self._rename(part, digest)
-            faults.point("D10")
-        else:
-            part.unlink(missing_ok=True)
+        with _writing(part):
+            renamed = self.path(digest) is not None  # by an earlier call that could not write the rest
+            with (self._folder / digest if renamed else part).open("rb") as file:
+                right = hashlib.file_digest(file, "sha256").hexdigest() == digest
+                if right:
+                    os.fsync(file.fileno())
+            if right and not renamed:
+                faults.point("D9")
+                self._rename(part, digest)
+                faults.point("D10")
+            elif not right:
+                part.unlink(missing_ok=True)
         self._fresh.pop(digest, None)
         self._outbox.drop_part(digest)
         return right
@@ -108,11 +105,8 @@ class Downloads:
                 self._outbox.drop_part(name)
 
     def _flush(self, digest: str, size: int) -> None:
-        handle = os.open(self._part(digest), os.O_RDWR)
-        try:
-            os.fdatasync(handle)
-        finally:
-            os.close(handle)
+        with _writing(self._part(digest)), self._part(digest).open("r+b") as file:
+            os.fdatasync(file.fileno())
         faults.point("D8")
         known = self._outbox.part(digest)
         bitmap = bytearray(known[1] if known else bytes(-(-chunk_count(size) // 8)))
@@ -130,3 +124,11 @@ class Downloads:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written ({error.strerror}); free some disk space") from error

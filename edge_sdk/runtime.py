@@ -65,6 +65,9 @@ def open_session(path: Path, profile: RuntimeProfile) -> onnxruntime.InferenceSe
     options.log_severity_level = 3
     # The app beside us needs the core more than a waiting thread does.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # A weight that is stored in int8 is multiplied in float32: by itself the runtime would round the activations to int8,
+    # and the gradients of adapters are then off by percents.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if not profile.prepacking:
         options.add_session_config_entry("session.disable_prepacking", "1")
     try:

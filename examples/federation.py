@@ -45,6 +45,7 @@ START_SECONDS = 30.0
 STOP_SECONDS = 10.0
 LOOK_SECONDS = 0.5
 BASE_INSTALL = ("numpy", "onnxruntime", "paho.mqtt.client", "safetensors", "cryptography")
+SIGNATURES = "cryptography.hazmat.primitives.asymmetric.ed25519"  # all that a device uses of its package
 
 
 class FederationError(EdgewiseError):
@@ -89,7 +90,7 @@ class Site:
             folder / "watch.bundle",
             name="watch",
             loss="cross_entropy",
-            programs=[ProgramSpec("lora", {"rank": options.rank}, batch=options.batch)],
+            programs=[ProgramSpec("lora", {"rank": options.rank, "alpha": options.alpha}, batch=options.batch)],
             classes=datasets.WATCH_CLASSES,
             seed=options.seed,
         )
@@ -150,9 +151,9 @@ class Site:
             tensors = bundle.initial(program) if model is None else unpack(model.read_bytes())[0]
             return score(bundle, self.program, tensors, x, y)
 
-    def import_only_rss_mb(self) -> float:
-        """The peak of a process, with the devices' Python, that imports the base install and does nothing."""
-        code = f"import {', '.join(BASE_INSTALL)}; print(open('/proc/self/status').read())"
+    def import_only_rss_mb(self, *modules: str) -> float:
+        """The peak of a process, with the devices' Python, that imports modules and does nothing."""
+        code = f"import {', '.join(modules)}; print(open('/proc/self/status').read())"
         told = subprocess.run([self.device_python, "-c", code], capture_output=True, text=True, check=True).stdout
         return next(int(line.split()[1]) * 1024 / 1e6 for line in told.splitlines() if line.startswith("VmHWM:"))
 

@@ -44,6 +44,7 @@ def train_centrally(x: np.ndarray, y: np.ndarray, *, normalise_by: np.ndarray, s
 
     `x` float32 `[n, 6, 100]`, `y` int64 `[n]`; `normalise_by` gives mean and deviation, in the shape of `x`.
     """
+    torch.set_num_threads(1)  # the net is too small for two, and two wait for each other on a busy machine
     torch.manual_seed(seed)
     net = WatchNet(normalise_by.mean(axis=(0, 2)), normalise_by.std(axis=(0, 2)))
     optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE)

@@ -27,7 +27,8 @@ from edge_sdk.tensors import Array, digest, pack
 from edge_sdk.update import max_update_bytes
 from export.cost import flops_per_sample
 from export.errors import ContractError, SpecError, UnsupportedModel
-from export.graph import array_of, clone, dims, static_tail, trainable_constants
+from export.forward import static_tail, trainable_constants
+from export.graph import array_of, clone, dims
 from export.losses import Loss, check_output, loss_named
 from export.optimizers import optimizer_named
 from export.proof import CentralDifferences, Oracle, Proof, prove

@@ -1,6 +1,7 @@
-"""`edgewise export build SPEC -o model.bundle`.
+"""`edgewise export build SPEC -o model.bundle` and `edgewise export check MODEL --train GLOB`.
 
-Exit codes: 0 written; 3 the specification or the model is wrong; 5 the proof of a step graph failed (nothing is written).
+Exit codes: 0 written, or it can train; 3 the specification or the model is wrong, or it cannot train; 5 the proof of a
+step graph failed (nothing is written).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from edge_sdk.keys import SigningKey
 
 
 def register(parser: argparse.ArgumentParser) -> None:
-    """Add `build`."""
+    """Add `build` and `check`."""
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     build = commands.add_parser("build", help="make a bundle from a model, a loss and an example batch")
     build.add_argument(
@@ -24,6 +25,14 @@ def register(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--key", type=Path, help="the private release key that signs it")
     build.add_argument("--json", action="store_true", help="print the report as JSON")
     build.set_defaults(run=_build)
+    check = commands.add_parser(
+        "check", help="say whether an ONNX model can train, at what cost, or what is in the way"
+    )
+    check.add_argument("model", type=Path, metavar="MODEL", help="an ONNX file")
+    check.add_argument("--train", required=True, metavar="GLOB,...", help="patterns of the tensors that shall train")
+    check.add_argument("--loss", help="cross_entropy or mse; by default what suits the output")
+    check.add_argument("--json", action="store_true", help="print the answer as JSON")
+    check.set_defaults(run=_check)
 
 
 def _build(args: argparse.Namespace) -> int:
@@ -44,4 +53,25 @@ def _build(args: argparse.Namespace) -> int:
             f"{program.nodes} nodes, {program.step_bytes} bytes; gradients within {program.proof.max_relative_error:.1e} "
             f"of {program.proof.oracle} at batches {', '.join(map(str, program.proof.batches))}; built in {program.seconds:.2f} s"
         )
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from export.check import check_model
+
+    found = check_model(args.model, [part for part in args.train.split(",") if part], args.loss)
+    if args.json:
+        print(json.dumps(found.to_json()))
+        return 3 if found.problem else 0
+    print(f"{sum(found.trained.values())} parameters train in {len(found.trained)} tensors: {', '.join(found.trained)}")
+    listed = (f"{name} x{count}{' (no rule)' if name in found.missing else ''}" for name, count in found.path.items())
+    print(f"on the path to the loss: {', '.join(listed)}")
+    print(
+        f"the frozen part ends at {', '.join(found.frontier)}: {found.feature_bytes} bytes per sample, "
+        f"{found.frozen_flops} of {found.forward_flops} forward operations"
+    )
+    if found.problem:
+        print(found.problem)
+        return 3
+    print(f"backward: {found.backward_flops} operations per sample")
     return 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from edge_sdk.errors import EdgewiseError
 
@@ -24,11 +26,20 @@ class UnknownShape(ExportError):
 
 
 class UnknownTensor(ExportError):
-    """A pattern that names no tensor or layer of the model."""
+    """A pattern that names no tensor or layer of the model; the message says which names come near it."""
+
+    def __init__(self, what: str, pattern: str, names: Sequence[str]) -> None:
+        near = difflib.get_close_matches(pattern.replace("*", ""), names, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        super().__init__(f"{what} {pattern!r} matches nothing: {hint}there are {', '.join(names) or 'none'}")
 
 
 class NotDifferentiable(ExportError):
-    """A trainable tensor that cannot influence the loss."""
+    """A trainable tensor that reaches the loss through integers, comparisons or rounding only."""
+
+
+class DisconnectedTrainable(ExportError):
+    """No trainable tensor influences the loss."""
 
 
 class ContractError(ExportError):
@@ -41,17 +52,57 @@ class ProofFailed(ExportError):
     exit_code = 5
 
 
-class NoGradientRule(ExportError):
-    """Operators between the trainable tensors and the loss that have no rule, or a rule without this attribute.
+@dataclass(frozen=True)
+class Finding:
+    """A node that cannot be differentiated: operator, name, a trainable tensor before it, the operators on the way from
+    there to the loss, and the attribute that its rule does not cover (empty: it has no rule)."""
 
-    `findings` holds one line per node.
+    operator: str
+    node: str
+    trainable: str
+    way: tuple[str, ...]
+    reason: str = ""
+
+    def __str__(self) -> str:
+        way = " -> ".join((self.trainable.removeprefix("p."), *self.way, "loss"))
+        without = f", whose rule does not cover {self.reason}" if self.reason else ""
+        return f"{self.operator}  node {self.node!r}{without}  between {self.trainable} and the loss  ({way})"
+
+
+class NoGradientRule(ExportError):
+    """Operators between the trainable tensors and the loss that have no rule, or a rule that does not cover an attribute.
+
+    `behind` names the tensors that can train without them.
     """
 
-    def __init__(self, findings: Sequence[str]) -> None:
+    def __init__(self, findings: Sequence[Finding], behind: Sequence[str]) -> None:
         count = f"{len(findings)} operator{'s' if len(findings) > 1 else ''}"
+        remedies = [_INSTEAD[name] for name in _INSTEAD if any(finding.operator == name for finding in findings)]
+        if behind:
+            shown = ",".join(behind[:_SHOWN]) + (f" and {len(behind) - _SHOWN} more" if len(behind) > _SHOWN else "")
+            remedies.insert(0, f"train only tensors behind them, which need no rule for them: {shown}")
+        else:
+            remedies.insert(0, "no tensor lies behind them: replace them in the model")
+        remedies.append("write a rule: docs/gradient-rules.md (a rule is one function and one test)")
         super().__init__(
-            f"{count} on the path from the trainable tensors to the loss cannot be differentiated: "
-            + "; ".join(findings)
-            + ". Train only tensors behind them (another scope, or other modules), or replace them in the model"
+            "\n".join(
+                [
+                    f"{count} on the path from the loss to the trainable tensors cannot be differentiated",
+                    *(f"  {finding}" for finding in findings),
+                    "What you can do:",
+                    *(f"  - {remedy}" for remedy in remedies),
+                ]
+            )
         )
         self.findings = tuple(findings)
+
+
+_SHOWN = 6
+_INSTEAD = {
+    "LSTM": "LSTM: forward, reverse or bidirectional with standard activations and at most 64 steps is unrolled for you",
+    "GRU": "GRU: forward, reverse or bidirectional with standard activations and at most 64 steps is unrolled for you",
+    "RNN": "replace RNN by GRU, or by an explicit cell",
+    "Einsum": "replace Einsum by MatMul and Transpose; sums of products of two operands are rewritten for you",
+    "Resize": "keep Resize in the frozen part, or replace it by ConvTranspose",
+    "GridSample": "keep GridSample in the frozen part",
+}

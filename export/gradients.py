@@ -1,29 +1,47 @@
 """Reverse-mode differentiation, ONNX graph in, ONNX graph out (step-graphs.md, section 3).
 
-`differentiate` appends the backward nodes of a scalar loss; one small rule per operator stands in `gradient_rules`. The
+`differentiate` appends the backward nodes of a scalar loss; one small rule per operator stands in `export/rules`. The
 activity analysis is what makes partial training cheap: the backward pass never enters what lies below the first trainable
 tensor, and no rule is asked for a gradient that nobody wants.
+
+Two marks in a node's metadata change what is differentiated: `edgewise.stop_gradient` on an Identity ends the way, and
+`edgewise.straight_through` on a Round lets the gradient pass (fake quantization).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import onnx_ir as ir
 
-from export.errors import NoGradientRule, NotDifferentiable, UnknownShape
+from export.errors import DisconnectedTrainable, Finding, NoGradientRule, NotDifferentiable, UnknownShape
 from export.graph import Builder, Dims, dims
 
 log = logging.getLogger(__name__)
 
+Wanted = Sequence[bool]
 Gradients = Sequence[ir.Value | None]
-Rule = Callable[[Builder, ir.Node, ir.Value, Sequence[bool]], Gradients]
-RULES: dict[str, Rule] = {}
+Rule = Callable[[Builder, ir.Node, ir.Value, Wanted], Gradients]
+RuleOfAll = Callable[[Builder, ir.Node, Sequence[ir.Value | None], Wanted], Gradients]
+
+STOP_GRADIENT: Final = "edgewise.stop_gradient"
+STRAIGHT_THROUGH: Final = "edgewise.straight_through"
+
+RULES: Final[dict[str, Rule]] = {}
+RULES_OF_ALL: Final[dict[str, RuleOfAll]] = {}
 
 # What comes out of these does not move with what goes in, or is no number that could.
-_OPAQUE = ("Shape", "Size", "ArgMax", "ArgMin", "Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual", "OneHot")
+_OPAQUE: Final = frozenset(
+    {"Shape", "Size", "ArgMax", "ArgMin", "OneHot", "NonZero", "IsNaN", "IsInf", "Not", "And", "Or"}
+    | {"Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual", "Round", "Floor", "Ceil", "Sign"}
+)
+# Of these only the first input counts: scales and zero points are not learned on a device.
+_FIRST_ONLY: Final = frozenset(("QuantizeLinear", "DequantizeLinear"))
+_SHOWN = 3  # operators on each side of a node in an error
 
 
 class UnsupportedAttribute(Exception):
@@ -31,56 +49,124 @@ class UnsupportedAttribute(Exception):
 
 
 def gradient(*op_types: str) -> Callable[[Rule], Rule]:
-    """Register a rule. It returns one gradient, or None, per input of the node; `wanted` says which are asked for."""
+    """Register a rule. It returns one gradient, or None, per input of the node; `wanted` says which are asked for.
+
+    `dy` is the gradient of the first output; if another output of the node is differentiated, `NoGradientRule` says so.
+    """
 
     def register(rule: Rule) -> Rule:
-        for op_type in op_types:
-            RULES[op_type] = rule
+        RULES.update(dict.fromkeys(op_types, rule))
         return rule
 
     return register
 
 
+def gradient_of_all(*op_types: str) -> Callable[[RuleOfAll], RuleOfAll]:
+    """Register a rule that gets the gradient, or None, of each output."""
+
+    def register(rule: RuleOfAll) -> RuleOfAll:
+        RULES_OF_ALL.update(dict.fromkeys(op_types, rule))
+        return rule
+
+    return register
+
+
+def rules() -> frozenset[str]:
+    """The operators that have a rule."""
+    from export import rules as _rules  # noqa: F401 - registers them
+
+    return frozenset(RULES) | frozenset(RULES_OF_ALL)
+
+
+@dataclass(frozen=True)
+class Path:
+    """What lies between the trained values and the loss: the nodes in order, and the values that depend and matter."""
+
+    nodes: tuple[ir.Node, ...]
+    relevant: frozenset[ir.Value]
+
+
+def path_between(graph: ir.Graph, wrt: Iterable[ir.Value], loss: ir.Value) -> Path:
+    """Forward from `wrt` and backward from `loss`: the nodes that the backward pass will visit."""
+    nodes = list(graph)
+    active = set(wrt)
+    for node in nodes:
+        if passes_gradient(node) and any(value in active for value in _differentiable_inputs(node)):
+            active.update(output for output in node.outputs if _is_number(output, node))
+    relevant = {loss} & active
+    for node in reversed(nodes):
+        if passes_gradient(node) and any(output in relevant for output in node.outputs):
+            relevant.update(value for value in _differentiable_inputs(node) if value in active)
+    return Path(tuple(n for n in nodes if any(output in relevant for output in n.outputs)), frozenset(relevant))
+
+
+def passes_gradient(node: ir.Node) -> bool:
+    """Whether anything differentiable comes out of a node."""
+    if node.op_type == "Identity":
+        return STOP_GRADIENT not in node.metadata_props
+    return node.op_type not in _OPAQUE or STRAIGHT_THROUGH in node.metadata_props
+
+
+def _differentiable_inputs(node: ir.Node) -> list[ir.Value]:
+    inputs = node.inputs[:1] if node.op_type in _FIRST_ONLY else node.inputs
+    return [value for value in inputs if value is not None]
+
+
+def _is_number(value: ir.Value, node: ir.Node) -> bool:
+    """Integers and truth values carry no gradient, but for the codes between QuantizeLinear and DequantizeLinear."""
+    return value.dtype is None or value.dtype.is_floating_point() or node.op_type == "QuantizeLinear"
+
+
 def differentiate(builder: Builder, loss: ir.Value, wrt: Sequence[ir.Value]) -> dict[ir.Value, ir.Value]:
     """Append the backward nodes of `loss` (a scalar) to the builder's graph; return the gradient of each of `wrt`.
 
-    A value that does not influence the loss gets zeros and a warning. Raises `NoGradientRule` naming every operator
-    without a rule, `UnknownShape`, and `NotDifferentiable` if no value of `wrt` reaches the loss.
+    Shapes must be inferred. A value that does not influence the loss gets zeros and a warning. Raises `NoGradientRule`
+    naming every operator without a rule, `UnknownShape`, `NotDifferentiable` if a value reaches the loss through integers
+    only, and `DisconnectedTrainable` if none reaches it.
     """
-    from export import gradient_rules  # noqa: F401 - registers the rules
-
-    nodes = list(builder.graph)
-    active = _active(nodes, wrt)
-    relevant = _relevant(nodes, active, loss)
-    if not any(value in relevant for value in wrt):
-        names = ", ".join(str(value.name) for value in wrt)
-        raise NotDifferentiable(f"none of {names} reaches the loss: choose other tensors to train")
-    path = [node for node in nodes if any(output in relevant for output in node.outputs)]
-    _check_rules(path, relevant, wrt, loss)
+    known = rules()
+    path = path_between(builder.graph, wrt, loss)
+    _check_reach(builder.graph, path, wrt, loss)
+    missing = [node for node in path.nodes if node.op_type not in known]
+    if missing:
+        raise _no_rule(builder.graph, path, wrt, loss, dict.fromkeys(missing, ""))
     contributions: dict[ir.Value, list[ir.Value]] = {loss: [builder.const(np.array(1, np.float32))]}
-    failed: list[str] = []
-    for node in reversed(path):
-        output = node.outputs[0]
-        if output not in contributions:
-            continue
+    failed: dict[ir.Node, str] = {}
+    for node in reversed(path.nodes):
         builder.scope = f"grad/{node.name or node.op_type}"
-        dy = _total(builder, contributions[output])
-        contributions[output] = [dy]
-        wanted = [value is not None and value in relevant for value in node.inputs]
-        try:
-            gradients = RULES[node.op_type](builder, node, dy, wanted)
-        except UnsupportedAttribute as error:
-            failed.append(f"{node.op_type} (node {node.name!r}) with {error}")
+        dys = [_total(builder, contributions, output) for output in node.outputs]
+        if all(dy is None for dy in dys):
             continue
+        wanted = [value is not None and value in path.relevant for value in node.inputs]
+        if node.op_type in _FIRST_ONLY:
+            wanted[1:] = [False] * (len(wanted) - 1)
+        try:
+            gradients = _apply(builder, node, dys, wanted)
+        except UnsupportedAttribute as error:
+            failed[node] = str(error)
+            gradients = [
+                builder.op("Mul", value, 0.0) if value and w else None
+                for value, w in zip(node.inputs, wanted, strict=True)
+            ]
         for value, found, asked in zip(node.inputs, gradients, wanted, strict=False):
             if asked:
                 assert value is not None
                 assert found is not None, node.op_type
                 contributions.setdefault(value, []).append(found)
     if failed:
-        raise NoGradientRule(failed)
+        raise _no_rule(builder.graph, path, wrt, loss, failed)
     builder.scope = "grad"
-    return {value: _of(builder, value, contributions.get(value)) for value in wrt}
+    return {value: _of(builder, value, contributions) for value in wrt}
+
+
+def _apply(builder: Builder, node: ir.Node, dys: Sequence[ir.Value | None], wanted: Wanted) -> Gradients:
+    if node.op_type in RULES_OF_ALL:
+        return RULES_OF_ALL[node.op_type](builder, node, dys, wanted)
+    for number, dy in enumerate(dys[1:], 2):
+        if dy is not None:
+            raise UnsupportedAttribute(f"the use of its output {number}")
+    assert dys[0] is not None
+    return RULES[node.op_type](builder, node, dys[0], wanted)
 
 
 def unbroadcast(builder: Builder, dx: ir.Value, came: Dims, target: ir.Value) -> ir.Value:
@@ -95,70 +181,115 @@ def unbroadcast(builder: Builder, dx: ir.Value, came: Dims, target: ir.Value) ->
             repeated.append(axis)
         elif kept != size:
             raise UnknownShape(
-                f"axis {axis} of {target.name!r} is {kept}, its use has {size}: cannot tell whether it repeats"
+                f"axis {axis} of {target.name!r} is {kept}, its use has {size}: cannot tell whether it repeats; "
+                f"export the model with this axis static"
             )
     return builder.op("ReduceSum", dx, builder.ints(*repeated), keepdims=1) if repeated else dx
 
 
-def _active(nodes: Sequence[ir.Node], wrt: Sequence[ir.Value]) -> set[ir.Value]:
-    active = set(wrt)
-    for node in nodes:
-        if node.op_type not in _OPAQUE and any(value in active for value in node.inputs if value is not None):
-            active.update(node.outputs)
-    return active
-
-
-def _relevant(nodes: Sequence[ir.Node], active: set[ir.Value], loss: ir.Value) -> set[ir.Value]:
-    relevant = {loss} & active
-    for node in reversed(nodes):
-        if any(output in relevant for output in node.outputs):
-            relevant.update(value for value in node.inputs if value is not None and value in active)
-    return relevant
-
-
-def _check_rules(path: Sequence[ir.Node], relevant: set[ir.Value], wrt: Sequence[ir.Value], loss: ir.Value) -> None:
-    missing = [node for node in path if node.op_type not in RULES]
-    if missing:
-        raise NoGradientRule([_finding(node, relevant, wrt, loss) for node in missing])
-
-
-def _finding(node: ir.Node, relevant: set[ir.Value], wrt: Sequence[ir.Value], loss: ir.Value) -> str:
-    """The node, and a way from a trainable tensor through it to the loss."""
-    before: list[str] = []
-    value = next(v for v in node.inputs if v is not None and v in relevant)
-    while value not in wrt:
-        producer = value.producer()
-        assert producer is not None
-        before.insert(0, producer.op_type)
-        value = next(v for v in producer.inputs if v is not None and v in relevant)
-    after: list[str] = []
-    reached = node.outputs[0]
-    while reached is not loss:
-        user = next(u for u in reached.consumers() if any(output in relevant for output in u.outputs))
-        after.append(user.op_type)
-        reached = user.outputs[0]
-    return (
-        f"{node.op_type} (node {node.name!r}; {' -> '.join([str(value.name), *before, node.op_type, *after, 'loss'])})"
-    )
-
-
-def _total(builder: Builder, parts: Sequence[ir.Value]) -> ir.Value:
+def _total(builder: Builder, contributions: dict[ir.Value, list[ir.Value]], value: ir.Value) -> ir.Value | None:
     """The sum, last consumer's part last: a fixed order makes reproducible files."""
+    parts = contributions.get(value)
+    if parts is None:
+        return None
     total = parts[-1]
     for part in reversed(parts[:-1]):
         total = builder.op("Add", total, part)
+    contributions[value] = [total]
     return total
 
 
-def _of(builder: Builder, value: ir.Value, parts: Sequence[ir.Value] | None) -> ir.Value:
-    if parts is not None:
-        return _total(builder, parts)
+def _of(builder: Builder, value: ir.Value, contributions: dict[ir.Value, list[ir.Value]]) -> ir.Value:
+    total = _total(builder, contributions, value)
+    if total is not None:
+        return total
     log.warning("%s does not influence the loss: its gradient is zero", value.name)
     return builder.op("Mul", value, 0.0)
 
 
-def rules() -> Mapping[str, Rule]:
-    """Every registered rule, by operator."""
-    from export import gradient_rules  # noqa: F401
+# What errors say.
 
-    return RULES
+
+def _check_reach(graph: ir.Graph, path: Path, wrt: Sequence[ir.Value], loss: ir.Value) -> None:
+    """Raise if a value of `wrt` cannot be trained, or none of them can."""
+    lost = [value for value in wrt if value not in path.relevant]
+    if not lost:
+        return
+    before_loss = _ancestors(loss)
+    for value in lost:
+        reached = {value}
+        for node in graph:
+            if node in before_loss and any(held in reached for held in node.inputs):
+                if not passes_gradient(node) or not any(_is_number(output, node) for output in node.outputs):
+                    raise NotDifferentiable(
+                        f"{value.name} reaches the loss only through {node.op_type} (node {node.name!r}), whose result "
+                        "does not move with it: train other tensors, or take this operator out of their way"
+                    )
+                reached.update(node.outputs)
+    if len(lost) == len(wrt):
+        names = ", ".join(str(value.name) for value in wrt)
+        raise DisconnectedTrainable(f"none of {names} influences the loss: choose other tensors to train")
+
+
+def _ancestors(loss: ir.Value) -> set[ir.Node]:
+    found: set[ir.Node] = set()
+    waiting = [loss]
+    while waiting:
+        node = waiting.pop().producer()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [value for value in node.inputs if value is not None]
+    return found
+
+
+def _no_rule(
+    graph: ir.Graph, path: Path, wrt: Sequence[ir.Value], loss: ir.Value, nodes: dict[ir.Node, str]
+) -> NoGradientRule:
+    findings = [_finding(node, reason, path, wrt, loss) for node, reason in nodes.items()]
+    return NoGradientRule(findings, _trainable_behind(graph, set(nodes), loss))
+
+
+def _finding(node: ir.Node, reason: str, path: Path, wrt: Sequence[ir.Value], loss: ir.Value) -> Finding:
+    """The node, and a way from a trainable tensor through it to the loss."""
+    trained = set(wrt)
+    before: list[str] = []
+    value = next(v for v in node.inputs if v is not None and v in path.relevant)
+    while value not in trained:
+        producer = value.producer()
+        assert producer is not None
+        before.insert(0, producer.op_type)
+        value = next(v for v in producer.inputs if v is not None and v in path.relevant)
+    after: list[str] = []
+    reached = next(output for output in node.outputs if output in path.relevant)
+    while reached is not loss:
+        user = next(u for u in reached.consumers() if any(output in path.relevant for output in u.outputs))
+        after.append(user.op_type)
+        reached = next(output for output in user.outputs if output in path.relevant)
+    head = before if len(before) <= _SHOWN else ["...", *before[-_SHOWN:]]
+    tail = after if len(after) <= _SHOWN else [*after[:_SHOWN], "..."]
+    return Finding(node.op_type, str(node.name), str(value.name), (*head, node.op_type, *tail), reason)
+
+
+def _trainable_behind(graph: ir.Graph, nodes: set[ir.Node], loss: ir.Value) -> list[str]:
+    """The float tensors that reach the loss without passing one of `nodes`, in order of use."""
+    before_loss = _ancestors(loss)
+    stopped: set[ir.Value] = set()  # values that pass one of the nodes on their way, seen from the end
+    for node in reversed(list(graph)):
+        if node in nodes or any(output in stopped for output in node.outputs):
+            stopped.update(value for value in node.inputs if value is not None)
+    behind = []
+    for node in graph:
+        for value in node.inputs if node in before_loss else ():
+            tensor = value is not None and (value.is_initializer() or str(value.name).startswith("p."))
+            if (
+                tensor
+                and value is not None
+                and value not in stopped
+                and value not in behind
+                and value.dtype == ir.DataType.FLOAT
+                and value.shape is not None
+                and any(size != 1 for size in value.shape)
+                and "/" not in str(value.name)  # a constant of ours
+            ):
+                behind.append(value)
+    return [str(value.name).removeprefix("p.") for value in behind]

@@ -6,17 +6,20 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from onnx import version_converter
+from onnx import inliner, version_converter
 
 from export.errors import UnsupportedModel
-from export.graph import IR_VERSION, OPSET, adopt, infer_shapes
+from export.forward import adopt
+from export.graph import IR_VERSION, OPSET
 
 
 def forward_graph(path: Path) -> ir.Model:
-    """Read, bring to opset 21, infer shapes. Raises `UnsupportedModel` naming the file."""
+    """Read, inline functions, bring to opset 21. Raises `UnsupportedModel` naming the file."""
     try:
         proto = onnx.load(str(path))
         opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
+        if proto.functions:
+            proto = inliner.inline_local_functions(proto, convert_version=True)
         if opset != OPSET:
             proto = version_converter.convert_version(proto, OPSET)
         proto.ir_version = IR_VERSION
@@ -27,6 +30,4 @@ def forward_graph(path: Path) -> ir.Model:
         raise UnsupportedModel(
             f"{path}: not an ONNX model that opset {OPSET} can express: {str(error)[:300]}"
         ) from error
-    model = ir.from_proto(proto)
-    infer_shapes(model)
-    return adopt(model, str(path))
+    return adopt(ir.from_proto(proto), str(path))

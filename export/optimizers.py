@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from edge_sdk.bundle import HyperRange
 from export.errors import SpecError
-from export.graph import Builder, dims
+from export.graph import Builder, dims, reshaped
 
 _MOMENTUM = 0.9
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
@@ -96,7 +96,7 @@ def append_optimizer(
 
     Outputs are in the order of the state inputs: all tensors, then slot 0 of all, then slot 1.
     """
-    before = len(b.graph.inputs)
+    first = len(b.graph.inputs)
     tensors = list(gradients)
     slots = [[b.input(f"s{k}.{_name(p)}", "float32", dims(p)) for p in tensors] for k in range(optimizer.slots)]
     hyper = {name: b.input(f"h.{name}", "float32", ()) for name in optimizer.hyper}
@@ -105,15 +105,29 @@ def append_optimizer(
     states: list[list[ir.Value]] = [[] for _ in range(1 + optimizer.slots)]
     for index, p in enumerate(tensors):
         b.scope = f"optimizer/{_name(p)}"
+        before = (p, *(slot[index] for slot in slots))
         gradient = gradients[p]
         if optimizer.anchored:
             anchor = b.input(f"p0.{_name(p)}", "float32", dims(p))
             gradient = b.op("Add", gradient, b.op("Mul", hyper["proximal"], b.op("Sub", p, anchor)))
-        new, new_slots = optimizer.update(b, p, gradient, [slot[index] for slot in slots], hyper)
-        for held, value, old in zip(states, (new, *new_slots), (p, *(slot[index] for slot in slots)), strict=True):
+        new, new_slots = optimizer.update(
+            b, _flat(b, p), _flat(b, gradient, p), [_flat(b, s) for s in before[1:]], hyper
+        )
+        for held, made, old in zip(states, (new, *new_slots), before, strict=True):
+            value = reshaped(b, made, old) if _ends_in_one(old) else made
             value.name, value.shape, value.type = f"{old.name}.next", old.shape, old.type
             held.append(value)
-    return list(b.graph.inputs)[before:], [value for held in states for value in held]
+    return list(b.graph.inputs)[first:], [value for held in states for value in held]
+
+
+def _flat(b: Builder, value: ir.Value, like: ir.Value | None = None) -> ir.Value:
+    """The value along one axis if it ends in an axis of size 1: the runtime then broadcasts a scalar element by element."""
+    return b.op("Reshape", value, b.ints(-1)) if _ends_in_one(like or value) else value
+
+
+def _ends_in_one(value: ir.Value) -> bool:
+    sizes = dims(value)
+    return len(sizes) > 1 and sizes[-1] == 1
 
 
 def _name(p: ir.Value) -> str:

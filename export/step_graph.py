@@ -14,12 +14,14 @@ import numpy as np
 import onnx_ir as ir
 
 from edge_sdk.tensors import Array
+from export.decompose import decompose
 from export.errors import ContractError
 from export.gradients import differentiate
-from export.graph import BATCH, IR_VERSION, OPSET, Builder, clone, dims, infer_shapes, tidy
+from export.graph import IR_VERSION, OPSET, Builder, clone, dims, tidy
 from export.losses import Accumulator, Loss
 from export.optimizers import Optimizer, append_optimizer
 from export.scopes import Trainable
+from export.shapes import BATCH, infer_shapes
 
 log = logging.getLogger(__name__)
 
@@ -132,9 +134,10 @@ def _differentiated(
 ) -> dict[ir.Value, ir.Value]:
     value = _scalar(loss.build(b, output, target, weight))
     b.graph.outputs.append(value)
-    infer_shapes(ir.Model(b.graph, ir_version=IR_VERSION))
     by_name = {str(entry.name): entry for entry in b.graph.inputs}
-    return differentiate(b, value, [by_name[f"p.{name}"] for name in names])
+    trained = [by_name[f"p.{name}"] for name in names]
+    decompose(b, value, trained)
+    return differentiate(b, value, trained)
 
 
 def _accumulate(

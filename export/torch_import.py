@@ -20,7 +20,11 @@ from torch import nn
 
 from edge_sdk.tensors import Array
 from export.errors import UnsupportedModel
-from export.graph import IR_VERSION, OPSET, adopt
+from export.forward import adopt
+from export.graph import IR_VERSION, OPSET
+from export.proof import Reference
+
+log = logging.getLogger(__name__)
 
 
 class _Functional(nn.Module):
@@ -104,23 +108,38 @@ class TorchOracle:
         self._frozen = {name: torch.as_tensor(np.array(value)) for name, value in frozen.items()}
         self._loss = loss
 
-    def __call__(
-        self, trained: Mapping[str, Array], effective: Any, x: Array, y: Array, w: Array
-    ) -> tuple[float, dict[str, Array]]:
+    def __call__(self, trained: Mapping[str, Array], effective: Any, x: Array, y: Array, w: Array) -> Reference:
         """Loss and the gradient of each trained tensor.
 
         `effective(trained, frozen)` gives the module's own tensors that the trained ones stand for.
         """
-        leaves = {name: torch.tensor(value, requires_grad=True) for name, value in trained.items()}
-        tensors = {**self._frozen, **effective(leaves, self._frozen)}
+        loss, rounded = self._run(torch.float32, trained, effective, x, y, w)
+        try:
+            loss, exact = self._run(torch.float64, trained, effective, x, y, w)
+        except RuntimeError as error:  # a module that makes float32 tensors of its own does not run in float64
+            log.info("torch is asked in float32 alone: %s", error)
+            exact = rounded
+        off = {name: float(np.abs(rounded[name] - exact[name]).max(initial=0.0)) for name in exact}
+        return Reference(loss, exact, off)
+
+    def _run(
+        self, dtype: torch.dtype, trained: Mapping[str, Array], effective: Any, x: Array, y: Array, w: Array
+    ) -> tuple[float, dict[str, Array]]:
+        def cast(value: Array | torch.Tensor) -> torch.Tensor:
+            tensor = torch.as_tensor(value)
+            return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+        leaves = {name: cast(np.array(value)).requires_grad_() for name, value in trained.items()}
+        frozen = {name: cast(value) for name, value in self._frozen.items()}
+        tensors = {**frozen, **effective(leaves, frozen)}
         was_training = self._module.training
         self._module.eval()
-        output = torch.func.functional_call(self._module, tensors, (torch.as_tensor(x),))
+        output = torch.func.functional_call(self._module, tensors, (cast(x),))
         self._module.train(was_training)
-        loss = _TORCH_LOSSES[self._loss](output, torch.as_tensor(y), torch.as_tensor(w))
+        loss = _TORCH_LOSSES[self._loss](output, cast(y), cast(w))
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         return loss.item(), {
-            name: np.zeros_like(trained[name]) if value is None else value.numpy()
+            name: np.zeros(trained[name].shape) if value is None else value.double().numpy()
             for name, value in zip(leaves, gradients, strict=True)
         }
 

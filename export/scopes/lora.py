@@ -24,8 +24,9 @@ import onnx_ir as ir
 
 from edge_sdk.tensors import Array
 from export.errors import SpecError, UnknownTensor, UnsupportedModel
-from export.graph import Builder, attribute, dims, infer_shapes, static
+from export.graph import Builder, attribute, dims, static
 from export.scopes import Applied, Trainable
+from export.shapes import infer_shapes
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,7 @@ class LoraScope:
         chosen = [layer for layer in layers if any(fnmatch.fnmatchcase(layer.name, t) for t in self.targets)]
         for pattern in self.targets:
             if not any(fnmatch.fnmatchcase(layer.name, pattern) for layer in layers):
-                names = ", ".join(layer.name for layer in layers) or "none"
-                raise UnknownTensor(f"target {pattern!r} matches no layer; layers that take an adapter: {names}")
+                raise UnknownTensor("target", pattern, [layer.name for layer in layers])
         builder = Builder(model.graph)
         trainables: list[Trainable] = []
         constants: list[Trainable] = []

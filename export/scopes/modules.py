@@ -60,7 +60,7 @@ class HeadScope:
                     held += [str(v.name) for v in _constants_of(producer) if v.name in parameters]
             if held:
                 return train_tensors(model, sorted(set(held), key=list(parameters).index))
-        raise UnknownTensor("the model has no layer with tensors that may train")
+        raise UnknownTensor("layer", "*", [])
 
 
 def _constants_of(node: ir.Node) -> list[ir.Value]:
@@ -101,7 +101,7 @@ class LayerScope:
             matches = [name for name in parameters if _belongs(name, pattern)]
             if not matches:
                 modules = sorted({name.rpartition(".")[0] or name for name in parameters})
-                raise UnknownTensor(f"module {pattern!r} matches no trainable tensor; there are {', '.join(modules)}")
+                raise UnknownTensor("module", pattern, modules)
             chosen.update(matches)
         return train_tensors(model, [name for name in parameters if name in chosen])
 
@@ -129,5 +129,5 @@ class FullScope:
     def apply(self, model: ir.Model, parameters: Sequence[str], seed: int) -> Applied:  # noqa: ARG002
         """Train all of them."""
         if not parameters:
-            raise UnknownTensor("the model has no tensors that may train")
+            raise UnknownTensor("tensor", "*", [])
         return train_tensors(model, parameters)

@@ -270,6 +270,14 @@ def test_every_birth_is_answered_with_a_sync_that_echoes_it() -> None:
     assert intake.SendCommand("d1", "sync", "1" * 16, 2) in effects
 
 
+def test_a_greeting_that_may_have_been_lost_is_said_again() -> None:
+    state, _ = seen(opened(), status())
+    _, effects = intake.step(state, intake.LinkRestored(9))
+    assert [(e.command, e.connection) for e in effects if isinstance(e, intake.SendCommand)] == [("sync", 1)]
+    state, _ = seen(state, status(state="offline"))
+    assert intake.step(state, intake.LinkRestored(9))[1] == ()
+
+
 def test_a_late_will_of_an_earlier_connection_is_answered_with_rebirth() -> None:
     state, _ = seen(opened(), status(connection=2))
     state, effects = seen(state, status(connection=1, state="offline"))

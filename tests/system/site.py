@@ -39,6 +39,7 @@ class Site:
     ) -> None:
         self.folder = folder
         self.ids = list(devices)
+        self.features = features
         self.bundle = tiny_bundle(folder / "tiny.bundle", features=features)
         self.keys = make_keys(folder / "keys")
         self.port = free_port()

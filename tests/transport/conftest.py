@@ -16,6 +16,7 @@ class Peer:
     """A link whose events are collected."""
 
     def __init__(self, url: str, name: str, **options) -> None:
+        self.name = name
         self.events: queue.Queue[LinkEvent] = queue.Queue()
         self.link = Link(url, name, on_event=self.events.put, **options)
 
@@ -33,6 +34,13 @@ class Peer:
             if isinstance(event, kind) and accept(event):
                 return event
         raise AssertionError(f"no {kind.__name__} within {seconds} s")
+
+    def listen(self, topic: str) -> None:
+        """Subscribe, and go on when the broker has heard it: what a connection says is handled in order."""
+        echo = f"edgewise-echo/{self.name}"
+        self.link.subscribe([topic, echo])
+        self.link.publish(echo, b"")
+        self.link.ack(self.message(echo))
 
     def message(self, topic: str) -> Message:
         return self.wait(Message, lambda event: event.topic == topic)

@@ -29,9 +29,8 @@ FREE = BrokerSettings(url=None, port=0)
 def test_a_chunk_of_64_kib_passes_each_broker_in_each_protocol(broker: Broker, peers, version: str) -> None:
     sender, receiver = (peers(broker.urls[version], name, version=version) for name in ("sender", "receiver"))
     receiver.up()
-    receiver.link.subscribe(["edgewise/#"])
+    receiver.listen("edgewise/#")
     sender.up()
-    time.sleep(0.2)
     body = os.urandom(CHUNK)
     topic = "edgewise/v1/site/job/dev/d/up/chunk/aggregator/00000000-00000001-000000000000/0"
     mid = sender.link.publish(topic, body, expiry=30)
@@ -259,9 +258,8 @@ def test_a_second_connection_under_one_name_takes_over_and_the_first_is_told(bro
 def test_what_came_without_a_receipt_comes_again(broker: Broker, peers) -> None:
     taker, giver = peers(broker.url, "taker", manual_ack=True), peers(broker.url, "giver")
     taker.up()
-    taker.link.subscribe(["edgewise/x"])
+    taker.listen("edgewise/x")
     giver.up()
-    time.sleep(0.2)
     giver.link.publish("edgewise/x", b"1")
     taker.message("edgewise/x")
     taker.link.disconnect()

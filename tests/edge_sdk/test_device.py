@@ -1,0 +1,178 @@
+"""What an app can rely on: predictions go first, limits are kept, and a device goes on where it was."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_sdk import DeviceEvent, EdgeDevice
+from edge_sdk import conversation as talk
+from edge_sdk.config import DeviceConfig
+from edge_sdk.errors import StorageError, TaskError
+from tests.system.site import Site, until
+from tests.tiny_bundle import HEAD, LORA, tiny_data
+
+ENDLESS = {"rounds": 1, "task.steps": 1_000_000, "round.deadline_seconds": 60}
+
+
+def test_a_prediction_waits_for_one_step_at_most(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["a"], job=ENDLESS)
+    x, _ = tiny_data(1)
+    with site.service(), EdgeDevice.open(site.config("a")) as device:
+        device.start()
+        until(lambda: device.status().step > 10)
+        passed = []
+        for _ in range(300):
+            before = device._progress[0]
+            device.predict(x[0])
+            passed.append(device._progress[0] - before)
+        assert device.status().step > 10  # it was training all the time
+    assert max(passed) <= 1
+
+
+def test_training_goes_on_while_predictions_never_end(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["a"], job=ENDLESS)
+    x, _ = tiny_data(1)
+    done = threading.Event()
+
+    def serve(device: EdgeDevice) -> None:
+        while not done.is_set():
+            device.predict(x[0])
+
+    with site.service(), EdgeDevice.open(site.config("a")) as device:
+        device.start()
+        until(lambda: device.status().step > 0)
+        threads = [threading.Thread(target=serve, args=(device,)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        before = device.status().step
+        until(lambda: device.status().step > before + 5, 30)
+        done.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_pause_stops_between_two_steps_and_start_goes_on(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["a"], job={"rounds": 1, "task.steps": 20_000})
+    events: list[str] = []
+    with (
+        site.service() as running,
+        EdgeDevice.open(site.config("a"), on_event=lambda event: events.append(event.kind)) as device,
+    ):
+        device.start()
+        until(lambda: device.status().step > 0)
+        device.pause()
+        until(lambda: device.status().paused == "user")
+        until(lambda: "paused" in events)
+        held = device.status().step
+        device.predict(tiny_data(1)[0][0])
+        assert site.status().phase == "train"
+        assert device.status().step <= held + 1
+        device.start()
+        running.wait()
+        assert device.status().updates_accepted == 3  # measured, trained, measured
+    assert events.count("resumed") == 1
+
+
+def test_a_task_ends_with_what_it_has_when_its_time_is_used_up(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["a"], job=ENDLESS, limits={"seconds": 1})
+    with site.service() as running, EdgeDevice.open(site.config("a")) as device:
+        device.start()
+        status = running.wait(40)
+    assert status.history[-1].merged == 1
+
+
+def test_training_waits_until_the_device_is_cooler(tmp_path: Path) -> None:
+    zone = tmp_path / "zones" / "thermal_zone0"
+    zone.mkdir(parents=True)
+    (zone / "temp").write_text("81000\n")
+    site = Site(tmp_path, ["a"], job={"rounds": 1}, limits={"temperature_celsius": 75})
+    config = DeviceConfig.load(site.config("a"))
+    with site.service() as running, EdgeDevice(config, thermal_zones=tmp_path / "zones") as device:
+        device.start()
+        until(lambda: device.status().paused == "heat")
+        assert device.status().temperature == 81.0
+        assert device.status().updates_made == 0
+        (zone / "temp").write_text("74000\n")  # below the limit, but not by enough to begin again
+        with pytest.raises(AssertionError, match="did not come true"):
+            until(lambda: device.status().paused != "heat", 3)
+        (zone / "temp").write_text("70000\n")
+        status = running.wait()
+    assert status.history[-1].merged == 1
+
+
+def test_a_callback_that_fails_changes_nothing(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["a"], job={"rounds": 1})
+
+    def broken(event: DeviceEvent) -> None:
+        raise RuntimeError(event.kind)
+
+    with site.service() as running, EdgeDevice.open(site.config("a"), on_event=broken) as device:
+        device.start()
+        assert running.wait().history[-1].merged == 1
+
+
+def test_a_new_process_serves_the_model_that_was_served_last_without_any_link(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["a"], job={"program": LORA, "rounds": 2, "merge.rule": "product_svd"})
+    x, _ = tiny_data(20, seed=5)
+    with site.service() as running, EdgeDevice.open(site.config("a")) as device:
+        first = device.predict(x)
+        device.start()
+        model = running.wait().model
+        until(lambda: device.status().model == model)
+        served = device.predict(x)
+    with EdgeDevice.open(site.config("a")) as again:  # never started
+        assert again.status().model == model
+        np.testing.assert_array_equal(again.predict(x), served)
+    assert np.abs(served - first).max() > 0.1
+
+
+def test_a_program_named_in_the_file_is_kept_whatever_the_gateway_trains(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["a"], job={"program": LORA, "rounds": 1, "merge.rule": "product_svd"})
+    with site.config("a").open("a") as file:
+        file.write(f'program = "{HEAD}"\n')
+    x, _ = tiny_data(20, seed=5)
+    with site.service() as running, EdgeDevice.open(site.config("a")) as device:
+        first = device.predict(x)
+        device.start()
+        assert running.wait().history[-1].merged == 1
+        np.testing.assert_array_equal(device.predict(x), first)
+
+
+def test_a_device_is_closed_once_and_for_all(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["a"])
+    device = EdgeDevice.open(site.config("a"))
+    device.start()
+    device.close()
+    device.close()
+    with pytest.raises(TaskError, match="open it again"):
+        device.start()
+
+
+def test_a_second_process_on_one_store_is_refused(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["a"])
+    with EdgeDevice.open(site.config("a")):
+        with pytest.raises(StorageError, match="another process uses this store"):
+            EdgeDevice.open(site.config("a"))
+        code = "import sys; from edge_sdk import EdgeDevice; EdgeDevice.open(sys.argv[1])"
+        done = subprocess.run([sys.executable, "-c", code, site.config("a")], capture_output=True, text=True)
+        assert "another process uses this store" in done.stderr
+
+
+def test_an_update_that_ends_while_the_next_one_is_reported_is_not_offered_for_ever(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["a"])
+    with EdgeDevice.open(site.config("a")) as device:
+        entries = [
+            device._outbox.commit(task=task, number=1, program="p", body=b"x", feedback={}, sign=lambda draft: b"offer")
+            for task in ("aa", "bb")
+        ]
+        device._report(talk.TaskDone(0.0, "bb"))  # from the thread that trains
+        device._outbox.delete(entries[0].upload, "accepted")  # meanwhile, on the thread of the conversation
+        while not device._events.empty():
+            device._handle(device._events.get())
+        assert [head.upload for head in device._state.queue] == [entries[1].upload]
