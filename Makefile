@@ -13,7 +13,7 @@ OLDEST_ONNXRUNTIME ?= onnxruntime==1.23.2
 ARGS ?=
 FUZZ_SECONDS ?= 60
 PARSERS = wire topic tensors update bundle job registry config
-BENCHMARKS = watch footprint step chaos
+BENCHMARKS = watch footprint step merge lora_study robust_study encodings chaos
 
 sources := $(shell find edge_sdk aggregator export devices -name '*.py')
 
@@ -45,6 +45,7 @@ check: .venv/ready
 	.venv/bin/lint-imports
 
 bench: .venv/ready .venv-device/ready
+	.venv/bin/pip install -q -e '.[bench]'
 	@scripts/install_mosquitto.sh
 	@set -e; for name in $(if $(NAME),$(subst -,_,$(NAME)),$(BENCHMARKS)); do \
 		TORCH="$(TORCH)" .venv/bin/python -m benchmarks.$$name $(ARGS); \

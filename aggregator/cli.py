@@ -138,7 +138,25 @@ def _rounds(args: argparse.Namespace) -> int:
     for record in status.history:
         if record.reason:
             print(f"round {record.round}: {record.reason}")
+    merged = [record for record in status.history if record.merge.get("layers")]
+    if merged:
+        _layers(merged[-1])
     return 0
+
+
+def _layers(record: RoundRecord) -> None:
+    """What the rule reports of each layer of a round: norms, relative errors, and how far devices agree."""
+    print(f"\nlayers of round {record.round} ({record.merge.get('rule')}):")
+    heads = ["layer", "norm", "error", "factor mean's", "rank", "effective", "least cosine", "side error"]
+    rows = []
+    for layer, found in record.merge["layers"].items():
+        cosine = (found.get("drift_cosine") or {}).get("min")
+        values = [found["norm"], found["truncation_error"], found["naive_error"], found.get("rank")]
+        values += [found.get("effective_rank"), cosine, found.get("side_error")]
+        due = " (rebase due)" if found.get("rebase_due") else ""
+        rows.append([layer, *("-" if value is None else f"{value:.3g}" for value in values)])
+        rows[-1][-1] += due
+    _table(heads, rows)
 
 
 def _keys(args: argparse.Namespace) -> int:

@@ -17,6 +17,8 @@
     threads = 1                         threads of one training step
     seconds = 600                       of training per task; it then ends after the current step
     temperature_celsius = 75            training waits while the hottest zone is above (where Linux tells)
+    cache_bytes = 8388608               features of the model's frozen part, kept in memory during a task; 0 for none
+    memory_bytes = 67108864             optional: of one training step; larger batches go in parts where the program can
     sample_bytes = 67108864             the device's own examples; the oldest go first
     outbox_bytes = 268435456            updates waiting for the gateway
     outbox_entries = 256
@@ -54,6 +56,8 @@ class DeviceLimits:
     threads: int = 1
     seconds: float | None = None
     temperature_celsius: float | None = None
+    cache_bytes: int = 8 << 20
+    memory_bytes: int | None = None
     sample_bytes: int = 64 << 20
     outbox_bytes: int = 256 << 20
     outbox_entries: int = 256
@@ -106,7 +110,7 @@ class DeviceConfig:
             values[name] = (path.parent / values[name]).resolve()
         limits = _typed(values.pop("limits", {}), _LIMITS, path, "limits.")
         for name, value in limits.items():
-            if value <= 0:
+            if value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
                 raise ConfigError(f"{path}: limits.{name} = {value} must be above 0")
         tls = _tls(values.pop("tls", None), path)
         if (tls is not None) is not values["broker"].startswith("mqtts://"):
@@ -126,6 +130,7 @@ def _tls(content: Mapping[str, Any] | None, path: Path) -> TlsFiles | None:
 
 _SEGMENT = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 _REQUIRED = ("id", "site", "job", "broker", "bundle", "store", "device_key", "control_key")
+_MAY_BE_ZERO = ("cache_bytes",)
 _PATHS = {"bundle", "store", "device_key", "control_key", "release_key"}
 _FIELDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys([*_REQUIRED, "release_key", "prefix", "program", "encoding"], (str,)),
@@ -134,7 +139,9 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 }
 _TLS = ("ca", "certificate", "key")
 _LIMITS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(["threads", "sample_bytes", "outbox_bytes", "outbox_entries"], (int,)),
+    **dict.fromkeys(
+        ["threads", "cache_bytes", "memory_bytes", "sample_bytes", "outbox_bytes", "outbox_entries"], (int,)
+    ),
     **dict.fromkeys(["seconds", "temperature_celsius"], (int, float)),
 }
 

@@ -131,7 +131,9 @@ class EdgeDevice:
             )
             stack.callback(self._outbox.close)
             self._downloads = Downloads(config.store / "blobs", self._outbox)
-            self._profile = RuntimeProfile(threads=limits.threads)
+            self._profile = RuntimeProfile(
+                threads=limits.threads, cache_bytes=limits.cache_bytes, memory_bytes=limits.memory_bytes
+            )
             self._initial = {
                 digest(self._bundle.start_blob(program)): program.id
                 for program in self._bundle.programs.values()
@@ -520,7 +522,7 @@ class EdgeDevice:
         program = self._bundle.programs.get(task.program)
         if program is None:
             return f"unknown_program: {task.program}"[:64]
-        if task.constants or program.prefix:
+        if task.constants:
             return "unsupported: this version cannot run the task"
         if not 0 < task.start_bytes <= self._bundle.start_limit(program):
             return f"bad_start: {task.start_bytes} bytes"
