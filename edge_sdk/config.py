@@ -90,7 +90,7 @@ class DeviceConfig:
                 content = tomllib.load(file)
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror}); `edgewise devices add` makes one") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"{path}: not a TOML file: {error}") from error
         return cls._from(content, path)
 
