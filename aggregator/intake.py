@@ -40,6 +40,7 @@ Transitions of one upload (in this order; the first row that fits)
 | VERIFYING | VerifyFailed, again, for the first time    | DropParts, Ack need(all)                      |
 | VERIFYING | VerifyFailed                               | DropOffer, Refuse, Ack rejected bad_content   |
 | VERIFYING | PhaseClosed                                | none: it is finished, and counted by `rounds` |
+| any       | Revoked                                    | DropOffer of each, ClearRetained              |
 
 Presence: the pair (boot, connection) of the last birth counts. A new pair gets a `sync` command, and gets it
 again when the gateway's own connection was lost, for the command may have been lost with it; an `offline` of another pair is answered with `rebirth`, because the retained copy is now wrong. Two devices
@@ -291,6 +292,13 @@ class PhaseClosed(Event):
 
 
 @dataclass(frozen=True)
+class Revoked(Event):
+    """A device belongs no longer; what it had accepted stays."""
+
+    device: str
+
+
+@dataclass(frozen=True)
 class LinkRestored(Event):
     """The gateway is connected again; what it sent last may have been lost."""
 
@@ -376,6 +384,13 @@ class SavePresence(Durable):
     """Store what a device said about itself."""
 
     presence: Presence
+
+
+@dataclass(frozen=True)
+class ClearRetained(Durable):
+    """Clear the device's status and task at the broker."""
+
+    device: str
 
 
 @dataclass(frozen=True)
@@ -686,6 +701,23 @@ def _phase_closed(state: Intake, event: PhaseClosed) -> Result:
     return replace(state, uploads=_without(state.uploads, *closed), tasks=kept), effects
 
 
+def _revoked(state: Intake, event: Revoked) -> Result:
+    """Its uploads end, its task counts as declined, and it is not there."""
+    device = event.device
+    open_uploads = [key for key in state.uploads if key[0] == device]
+    effects: Effects = (*(DropOffer(*key) for key in open_uploads), ClearRetained(device))
+    known = state.presence.get(device)
+    if known is not None:
+        gone = replace(known, online=False, seen=event.now)
+        state = replace(state, presence=_with(state.presence, device, gone), synced=state.synced - {device})
+        effects += (SavePresence(gone),)
+    effects += (Tell(rounds.DeviceLost(event.now, device)),)
+    task = state.tasks.get(device)
+    if task is not None:
+        effects += (Tell(rounds.Declined(event.now, device, task.task, "revoked")),)
+    return replace(state, uploads=_without(state.uploads, *open_uploads)), effects
+
+
 def _link_restored(state: Intake, _event: LinkRestored) -> Result:
     greeted = [presence for device, presence in sorted(state.presence.items()) if device in state.synced]
     return state, tuple(SendCommand(p.device, "sync", p.boot, p.connection) for p in greeted)
@@ -809,6 +841,7 @@ HANDLERS: Mapping[type[Event], Callable[[Intake, Any], Result]] = MappingProxyTy
         PhaseOpened: _phase_opened,
         TasksIssued: _tasks_issued,
         PhaseClosed: _phase_closed,
+        Revoked: _revoked,
         LinkRestored: _link_restored,
         StorageChanged: _storage,
     }

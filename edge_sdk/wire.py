@@ -34,7 +34,8 @@ VERSION: Final = 1
 CHUNK: Final = 65_536  # bytes
 WINDOW: Final = 8  # chunks in flight
 ROOT: Final = "edgewise/v1"
-RESERVED: Final = ("aggregator", "enroller", "sparkplug", "bridge")
+AGGREGATOR, ENROLLER = "aggregator", "enroller"
+RESERVED: Final = (AGGREGATOR, ENROLLER, "sparkplug", "bridge")
 _DEPTH, _NODES = 8, 4096
 _SIGNATURE_TEXT = 88  # base64 of 64 bytes
 

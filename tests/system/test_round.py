@@ -23,11 +23,14 @@ from tests.tiny_bundle import LORA, tiny_data
         {"program": LORA, "merge.rule": "product_svd", "rounds": 3},
         {"gate.enabled": False},
         {"task.encoding": "float32"},
+        {"tls": True},
     ],
-    ids=["head", "lora", "without a gate", "float32"],
+    ids=["head", "lora", "without a gate", "float32", "mutual TLS"],
 )
 def test_three_devices_learn_together(tmp_path: Path, job: dict) -> None:
-    site = Site(tmp_path, ["a", "b", "c"], job=job)
+    site = Site(
+        tmp_path, ["a", "b", "c"], tls="tls" in job, job={key: value for key, value in job.items() if key != "tls"}
+    )
     events: list[DeviceEvent] = []
     with ExitStack() as stack:
         running = stack.enter_context(site.service())
