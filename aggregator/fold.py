@@ -102,7 +102,8 @@ class Fold:
         start = self._model(upload.start)
         trains = upload.phase == "train"
         bound = self._norm_bound(upload.round, start) if trains else None
-        kinds = (self._job.task.encoding, *self._job.task.encodings_allowed) if trains else ("float32",)
+        # float32 loses nothing, so no task needs to allow it.
+        kinds = ("float32", self._job.task.encoding, *self._job.task.encodings_allowed) if trains else ("float32",)
         body = self._journal.body(upload.device, upload.upload)
         try:
             tensors = admit(

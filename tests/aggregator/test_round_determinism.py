@@ -105,7 +105,7 @@ def bodies(site: Site, count: int = 6, kind: str = "int8_row") -> list[Sent]:
 def gateway(tmp_path: Path, program: str, rule: str, number: int = 0) -> tuple[Site, Gateway]:
     folder = tmp_path / str(number)
     folder.mkdir()
-    job = {"program": program, "merge.rule": rule, "round.devices_wait": 1, "task.encodings_allowed": ["float32"]}
+    job = {"program": program, "merge.rule": rule, "round.devices_wait": 1}
     site = Site(folder, [], job=job, features=12)
     return site, Gateway(site)
 
