@@ -19,6 +19,7 @@ import itertools
 import logging
 import os
 import queue
+import re
 import secrets
 import threading
 import time
@@ -724,7 +725,7 @@ class EdgeDevice:
                 event = self._do(task)
             except Exception as error:
                 log.warning("%s: task %s failed", self.config.id, task.task, exc_info=True)
-                event = talk.TaskFailed(_now(), task.task, f"{type(error).__name__}: {error}"[:64])
+                event = talk.TaskFailed(_now(), task.task, _reason(f"{type(error).__name__}: {error}"))
             self._cancelled.discard(task.task)
             self._progress = (0, 0)
             if event is not None:
@@ -763,8 +764,9 @@ class EdgeDevice:
             )
         except TaskCancelled:
             return None
-        except TaskError as error:
-            return talk.TaskFailed(_now(), task.task, str(error)[:64])
+        except EdgewiseError as error:
+            log.warning("%s: task %s cannot be done: %s", self.config.id, task.task, error)
+            return talk.TaskFailed(_now(), task.task, _reason(str(error)))
         faults.point("D1")
         try:
             self._store(task, outcome)
@@ -869,6 +871,12 @@ class _Courtesy:
         """Before a step."""
         with self._condition:
             self._condition.wait_for(lambda: self._serving == 0, timeout=_PATIENCE)
+
+
+def _reason(text: str) -> str:
+    """Why a task was declined, as the gateway may read it: without this device's paths, at most 64 characters."""
+    text = re.sub(r"(?<!\S)/[^:]*: ", "", text)
+    return text if len(text) <= 64 else text[:61].rsplit(" ", 1)[0].rstrip(",:;") + "..."
 
 
 def _is_blob(message: Message) -> bool:

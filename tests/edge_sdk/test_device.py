@@ -13,6 +13,7 @@ import pytest
 from edge_sdk import DeviceEvent, EdgeDevice
 from edge_sdk import conversation as talk
 from edge_sdk.config import DeviceConfig
+from edge_sdk.device import _reason
 from edge_sdk.errors import StorageError, TaskError
 from tests.system.site import Site, until
 from tests.tiny_bundle import HEAD, LORA, tiny_data
@@ -176,3 +177,31 @@ def test_an_update_that_ends_while_the_next_one_is_reported_is_not_offered_for_e
         while not device._events.empty():
             device._handle(device._events.get())
         assert [head.upload for head in device._state.queue] == [entries[1].upload]
+
+
+def test_an_app_that_records_into_a_full_store_does_not_end_the_task(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["a"], job={"rounds": 1, "task.steps": 800}, samples=60, limits={"sample_bytes": 60 * 24})
+    events: list[DeviceEvent] = []
+    x, y = tiny_data(12, seed=3)
+    with site.service() as running, EdgeDevice.open(site.config("a"), on_event=events.append) as device:
+        device.start()
+        until(lambda: device.status().step > 5)
+        for index in range(12):
+            device.record(x[index], y[index], recording="all")
+        assert device.status().task is not None  # it trained all the while
+        assert running.wait().history[-1].merged == 1
+    assert "declined" not in [event.kind for event in events]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("/a b/samples.sqlite: samples cannot be read (disk I/O error)", "samples cannot be read (disk I/O error)"),
+        (
+            "0 training samples, program 'tiny/head/float' needs at least 1: record more",
+            "0 training samples, program 'tiny/head/float' needs at least...",
+        ),
+    ],
+)
+def test_the_reason_of_a_declined_task_is_short_and_tells_no_path(text: str, reason: str) -> None:
+    assert _reason(text) == reason
