@@ -293,17 +293,21 @@ class EdgeDevice:
             try:
                 event = self._events.get(timeout=timeout)
             except queue.Empty:
-                self._fire()
+                self._guarded(self._fire)
                 continue
             if event is None:
                 return
-            try:
-                self._handle(event)
-            except StorageError as error:
-                self._held_disk(error)
-            except Exception as error:
-                log.exception("an event could not be handled: %s", type(event).__name__)
-                self._tell("error", f"{type(error).__name__}: {error}")
+            self._guarded(self._handle, event)
+
+    def _guarded(self, act: Callable[..., None], *arguments: Any) -> None:
+        """Nothing that goes wrong here may end the thread: the next event may mend it."""
+        try:
+            act(*arguments)
+        except StorageError as error:
+            self._held_disk(error)
+        except Exception as error:
+            log.exception("%s: an event could not be handled", self.config.id)
+            self._tell("error", f"{type(error).__name__}: {error}")
 
     def _handle(self, event: talk.Event | LinkEvent) -> None:
         match event:
@@ -333,12 +337,17 @@ class EdgeDevice:
             self._perform(effect)
 
     def _perform(self, effect: talk.Effect) -> None:
-        """Carry out an effect; what a full disk prevents does not keep the others from happening."""
+        """Carry out an effect; one that fails does not keep the others from happening. A full disk is tried again."""
         try:
             self._carry_out(effect)
         except StorageError as error:
             self._undone[repr(effect)] = effect
             self._held_disk(error)
+        except Exception as error:
+            log.exception("%s: %s could not be done", self.config.id, type(effect).__name__)
+            self._tell("error", f"{type(error).__name__}: {error}")
+            if isinstance(effect, talk.Connect):
+                self._put(talk.LinkDown(_now(), str(error)))  # or nobody would try again
 
     def _do_undone(self) -> None:
         """Once more what a full disk prevented."""
@@ -686,12 +695,13 @@ class EdgeDevice:
 
     def _look(self) -> None:
         """Ask app, thermometer and disk; tell the conversation what they say."""
-        reason = self._obstacle(self._state.paused)
-        self._put(talk.Gate(_now(), reason))
-        if reason in (Paused.HEAT, Paused.DISK):
-            self._put_look_timer()
+        self._put_gate(self._obstacle(self._state.paused))
 
-    def _put_look_timer(self) -> None:
+    def _put_gate(self, reason: Paused) -> None:
+        """Tell the conversation; heat and disk do not say when they are over, so look again, whatever becomes of the task."""
+        self._put(talk.Gate(_now(), reason))
+        if reason not in (Paused.HEAT, Paused.DISK):
+            return
         if threading.current_thread() is self._worker:
             self._set_timer("look", _LOOK_AGAIN)
         else:
@@ -773,14 +783,15 @@ class EdgeDevice:
         except StorageError as error:
             self._held_disk(error)
             return talk.TaskPostponed(_now(), task.task)
+        except TaskError as error:
+            return talk.TaskFailed(_now(), task.task, _reason(str(error)))
         return talk.TaskDone(_now(), task.task)
 
     def _held_disk(self, error: StorageError) -> None:
         """The disk has just refused: hold training back, and look again later."""
         log.error("%s", error)
         self._tell("error", str(error))
-        self._put(talk.Gate(_now(), Paused.DISK))
-        self._put_look_timer()
+        self._put_gate(Paused.DISK)
 
     def _before_step(self, task: str) -> None:
         """Between two steps: predictions first, then pause and heat; the task may have been withdrawn."""
@@ -791,7 +802,7 @@ class EdgeDevice:
                 raise TaskCancelled(f"task {task} was withdrawn")
             reason = self._brake(told)
             if reason is not told:
-                self._put(talk.Gate(_now(), reason))
+                self._put_gate(reason)
                 told = reason
             if reason is Paused.NONE:
                 return

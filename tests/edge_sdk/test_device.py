@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +16,9 @@ import pytest
 from edge_sdk import DeviceEvent, EdgeDevice
 from edge_sdk import conversation as talk
 from edge_sdk.config import DeviceConfig
-from edge_sdk.device import _reason
+from edge_sdk.device import _Look, _reason
 from edge_sdk.errors import StorageError, TaskError
+from edge_sdk.wire import Paused
 from tests.system.site import Site, until
 from tests.tiny_bundle import HEAD, LORA, tiny_data
 
@@ -105,6 +109,59 @@ def test_training_waits_until_the_device_is_cooler(tmp_path: Path) -> None:
         (zone / "temp").write_text("70000\n")
         status = running.wait()
     assert status.history[-1].merged == 1
+
+
+def test_a_task_that_is_withdrawn_in_the_heat_leaves_nobody_paused(tmp_path: Path) -> None:
+    zone = tmp_path / "zones" / "thermal_zone0"
+    zone.mkdir(parents=True)
+    (zone / "temp").write_text("81000\n")
+    site = Site(tmp_path, ["a"], job={"rounds": 1, "round.deadline_seconds": 2}, limits={"temperature_celsius": 75})
+    config = DeviceConfig.load(site.config("a"))
+    events: list[str] = []
+    with (
+        site.service(),
+        EdgeDevice(
+            config, thermal_zones=tmp_path / "zones", on_event=lambda event: events.append(event.kind)
+        ) as device,
+    ):
+        device.start()
+        until(lambda: device.status().paused == "heat")
+        until(lambda: "task_cancelled" in events)
+        (zone / "temp").write_text("40000\n")
+        until(lambda: device.status().paused == "none", 5)
+
+
+def test_an_outbox_that_cannot_be_read_for_a_while_does_not_end_the_conversation(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["a"], job={"rounds": 1})
+    events: list[DeviceEvent] = []
+    with EdgeDevice.open(site.config("a"), on_event=events.append) as device:
+        device.start()  # nobody answers: it tries again by a timer
+        until(lambda: "offline" in [event.kind for event in events])
+        with contextlib.closing(sqlite3.connect(tmp_path / "a" / "store" / "outbox.sqlite")) as other:
+            other.execute("ALTER TABLE entry RENAME TO lost")
+            until(lambda: any("outbox cannot be read" in event.detail for event in events))
+            other.execute("ALTER TABLE lost RENAME TO entry")
+        with site.service() as running:
+            assert running.wait().history[-1].merged == 1
+
+
+def test_an_unforeseen_error_in_a_timer_does_not_end_the_conversation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_sdk.device._LOOK_AGAIN", 0.1)
+    site = Site(tmp_path, ["a"], samples=5)
+    zones = tmp_path / "zones"
+    events: list[DeviceEvent] = []
+    with EdgeDevice.open(site.config("a"), on_event=events.append) as device:
+        device._thermal_zones = None  # type: ignore[assignment]
+        device.config = replace(device.config, limits=replace(device.config.limits, temperature_celsius=75))
+        device.start()
+        device._put(talk.Gate(0.0, Paused.HEAT))
+        device._put(_Look(0.0))
+        until(lambda: any("AttributeError" in event.detail for event in events))
+        device._thermal_zones = zones
+        device._put(_Look(0.0))
+        until(lambda: device.status().paused == "none", 5)
 
 
 def test_a_callback_that_fails_changes_nothing(tmp_path: Path) -> None:
