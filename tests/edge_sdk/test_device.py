@@ -7,8 +7,10 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -210,6 +212,100 @@ def test_a_device_is_closed_once_and_for_all(tmp_path: Path) -> None:
     device.close()
     with pytest.raises(TaskError, match="open it again"):
         device.start()
+
+
+def test_a_pause_ends_when_whoever_wanted_it_ends_it(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["a"], samples=5)
+    with EdgeDevice.open(site.config("a")) as device:
+        device.start()
+        device.pause()
+        device._perform(talk.SetPaused(False))  # the gateway's RESUME
+        until(lambda: device.status().paused == "user")
+        device._perform(talk.SetPaused(True))
+        device.start()
+        assert device._brake(Paused.NONE) is Paused.USER
+        device._perform(talk.SetPaused(False))
+        until(lambda: device.status().paused == "none")
+
+
+def test_a_callback_may_stop_and_the_app_may_start_again(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["a"], job={"rounds": 1})
+    devices: list[EdgeDevice] = []
+    events: list[str] = []
+
+    def stop_when_offline(event: DeviceEvent) -> None:
+        events.append(event.kind)
+        if event.kind == "offline" and "stopped" not in events:
+            devices[0].stop()
+            with pytest.raises(TaskError, match="let on_event return"):
+                devices[0].start()
+            events.append("stopped")
+
+    with EdgeDevice.open(site.config("a"), on_event=stop_when_offline) as device:
+        devices.append(device)
+        device.start()
+        until(lambda: "stopped" in events)
+        device.stop()  # waits until the one of the callback is done
+        assert "error" not in events
+        device.start()
+        with site.service() as running:
+            assert running.wait().history[-1].merged == 1
+
+
+def test_a_callback_may_close_and_all_files_are_closed_after_it(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["a"], samples=5)
+    devices: list[EdgeDevice] = []
+    events: list[str] = []
+
+    def close(event: DeviceEvent) -> None:
+        events.append(event.kind)
+        devices[0].close()
+
+    device = EdgeDevice.open(site.config("a"), on_event=close)
+    devices.append(device)
+    device.start()
+    until(lambda: device._released)
+    assert events == ["offline"]
+    EdgeDevice.open(site.config("a")).close()  # its lock is free
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        EdgeDevice.status,
+        EdgeDevice.start,
+        EdgeDevice.pause,
+        lambda device: device.record([0.0] * 4, 1),
+        lambda device: device.has_recording("all"),
+    ],
+)
+def test_a_closed_device_says_what_to_do(tmp_path: Path, use: Callable[[EdgeDevice], Any]) -> None:
+    site = Site(tmp_path, ["a"], samples=5)
+    device = EdgeDevice.open(site.config("a"))
+    device.close()
+    with pytest.raises(TaskError, match="open it again"):
+        use(device)
+
+
+def test_a_trainer_that_outlives_its_stop_takes_nothing_from_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_sdk.device._GRACE", 0.2)
+    site = Site(tmp_path, ["a"], job={"rounds": 1})
+    stepping, go_on = threading.Event(), threading.Event()
+    with site.service() as running, EdgeDevice.open(site.config("a")) as device:
+        monkeypatch.setattr(device, "_on_step", lambda *_: (stepping.set(), go_on.wait()))  # one long step
+        device.start()
+        first = device._present.trainer
+        assert stepping.wait(20)
+        device.stop()
+        monkeypatch.undo()
+        device.start()
+        assert first.is_alive()
+        go_on.set()
+        until(lambda: not first.is_alive())
+        assert device._present.trainer.is_alive()
+        assert running.wait().history[-1].merged == 1
 
 
 def test_a_second_process_on_one_store_is_refused(tmp_path: Path) -> None:
