@@ -139,6 +139,12 @@ def test_devices_that_decline_do_not_hold_up_the_round() -> None:
     assert state.phase is Phase.MERGE
 
 
+def test_an_update_that_comes_after_its_task_was_declined_counts_while_the_phase_is_open() -> None:
+    state = started(UNGATED)
+    state, _ = drive(state, rounds.Declined(9, "d3", state.tasks["d3"].task, "update refused"), *answers(state, ["d3"]))
+    assert (state.tasks["d3"].answer, state.count(Answer.DECLINED)) == (Answer.ANSWERED, 0)
+
+
 def test_when_all_decline_the_phase_waits_for_others_until_its_deadline() -> None:
     state = started(UNGATED)
     declined = [rounds.Declined(9, device, state.tasks[device].task, "no samples") for device in DEVICES]
