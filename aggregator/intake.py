@@ -507,8 +507,7 @@ def _is_ours(state: Intake, device: str, number: int, task: str) -> bool:
     """Whether this could be a task that this journal issued: ids are derived, so no list of old ones is
     kept."""
     settings = rounds.Settings(rounds=0, nonce=state.nonce)
-    phases = (rounds.Phase.TRAIN, rounds.Phase.EVALUATE)
-    return any(rounds.task_id(settings, number, phase, device) == task for phase in phases)
+    return any(rounds.task_id(settings, number, phase, device) == task for phase in rounds.OPEN)
 
 
 def _reject(state: Intake, event: Offered, reason: str, detail: str, *, alarm: bool = False) -> Result:
