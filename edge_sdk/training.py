@@ -191,7 +191,7 @@ def _eligible(bundle: Bundle, program: Program, samples: SampleStore) -> Ids:
 def _too_few(program: Program, count: int, state: str, remedy: str) -> TaskError:
     kind = "held-out" if program.samples == "held_out" else "training"
     found = f"{count} {kind} samples {state}".rstrip()
-    return TaskError(f"{found}, program {program.id!r} needs at least {program.batch_minimum}: {remedy}")
+    return TaskError(f"{found}, at least {program.batch_minimum} needed: {remedy} (program {program.id!r})")
 
 
 def _batches(pool: _Pool, program: Program, spec: TaskSpec) -> tuple[Iterator[Ids], int]:

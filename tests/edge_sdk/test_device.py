@@ -351,8 +351,8 @@ def test_an_app_that_records_into_a_full_store_does_not_end_the_task(tmp_path: P
     [
         ("/a b/samples.sqlite: samples cannot be read (disk I/O error)", "samples cannot be read (disk I/O error)"),
         (
-            "0 training samples, program 'tiny/head/float' needs at least 1: record more",
-            "0 training samples, program 'tiny/head/float' needs at least...",
+            "0 training samples, at least 1 needed: record more (program 'tiny/head/float')",
+            "0 training samples, at least 1 needed: record more (program...",
         ),
     ],
 )

@@ -107,7 +107,7 @@ def test_a_device_without_samples_declines_and_the_others_go_on(tmp_path: Path) 
             stack.enter_context(EdgeDevice.open(site.config(name))).start()
         status = running.wait()
     assert status.history[-1].merged == 1
-    assert "needs at least 1" in status.history[-1].declined["b"]
+    assert "at least 1 needed" in status.history[-1].declined["b"]
 
 
 def test_a_job_whose_devices_have_no_samples_yet_waits_for_them_without_using_up_its_rounds(tmp_path: Path) -> None:
@@ -121,8 +121,8 @@ def test_a_job_whose_devices_have_no_samples_yet_waits_for_them_without_using_up
         status = running.wait()
     assert status.history[-1].outcome == "accepted"
     assert {record.outcome for record in status.history[1:-1]} == {"empty"}
-    assert "needs at least 1" in status.history[1].reason
-    assert "needs at least 1" in status.history[1].declined["a"]
+    assert "at least 1 needed" in status.history[1].reason
+    assert "at least 1 needed" in status.history[1].declined["a"]
     assert all((record.seconds or 0.0) < 10 for record in status.history[1:-1])
     assert status.history[-1].score_before is not None
 
