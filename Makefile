@@ -2,6 +2,8 @@
 #   make demo  ARGS="--json out.json"            the main job on real data
 #   make test  ARGS="-k outbox"                  all tests, the same as CI
 #   make check                                   ruff, mypy strict, import rules
+#   make soak  ARGS="-k chaos"                   the tests that run for minutes: kills for half an hour, and the like
+#   make fuzz  FUZZ_SECONDS=600                  what strangers send, thrown at every parser, guided by coverage
 #   make bench NAME=watch ARGS="--json out.json" one benchmark; without NAME: all of them
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
@@ -9,11 +11,13 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 TORCH ?= torch==2.13.0
 OLDEST_ONNXRUNTIME ?= onnxruntime==1.23.2
 ARGS ?=
-BENCHMARKS = watch footprint step
+FUZZ_SECONDS ?= 60
+PARSERS = wire topic tensors update bundle job registry config
+BENCHMARKS = watch footprint step merge lora_study robust_study encodings chaos
 
 sources := $(shell find edge_sdk aggregator export devices -name '*.py')
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test soak fuzz check bench format clean
 
 demo: .venv/ready .venv-device/ready
 	@scripts/install_mosquitto.sh
@@ -23,6 +27,17 @@ test: .venv/ready .venv-device/ready .venv-oldest/ready
 	@scripts/install_mosquitto.sh
 	.venv/bin/python -m pytest $(ARGS)
 
+soak: .venv/ready
+	@scripts/install_mosquitto.sh
+	.venv/bin/python -m pytest -m soak $(ARGS)
+
+# atheris is in no other extra: it has wheels for few platforms.
+fuzz: .venv/ready
+	.venv/bin/pip install -q -e '.[fuzz]'
+	@set -e; for parser in $(PARSERS); do \
+		.venv/bin/python -m tests.security.fuzz $$parser -max_total_time=$(FUZZ_SECONDS) $(ARGS); \
+	done
+
 check: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -30,6 +45,7 @@ check: .venv/ready
 	.venv/bin/lint-imports
 
 bench: .venv/ready .venv-device/ready
+	.venv/bin/pip install -q -e '.[bench]'
 	@scripts/install_mosquitto.sh
 	@set -e; for name in $(if $(NAME),$(subst -,_,$(NAME)),$(BENCHMARKS)); do \
 		TORCH="$(TORCH)" .venv/bin/python -m benchmarks.$$name $(ARGS); \

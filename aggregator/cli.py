@@ -106,6 +106,10 @@ def _status(args: argparse.Namespace) -> int:
     ]
     heads = ["device", "state", "paused", "outbox", "accepted", "merged", "refused", "up", "down", "seen"]
     _table(heads, rows)
+    if status.history:
+        last = status.history[-1]
+        for name, reason in sorted(last.declined.items()):
+            print(f"declined in round {last.round}, {name}: {reason}")
     for refusal in status.refusals:
         print(f"refused in round {refusal.round}, {refusal.device}: {refusal.reason}: {refusal.detail}")
     for alarm in status.alarms:
@@ -138,7 +142,25 @@ def _rounds(args: argparse.Namespace) -> int:
     for record in status.history:
         if record.reason:
             print(f"round {record.round}: {record.reason}")
+    merged = [record for record in status.history if record.merge.get("layers")]
+    if merged:
+        _layers(merged[-1])
     return 0
+
+
+def _layers(record: RoundRecord) -> None:
+    """What the rule reports of each layer of a round: norms, relative errors, and how far devices agree."""
+    print(f"\nlayers of round {record.round} ({record.merge.get('rule')}):")
+    heads = ["layer", "norm", "error", "factor mean's", "rank", "effective", "least cosine", "side error"]
+    rows = []
+    for layer, found in record.merge["layers"].items():
+        cosine = (found.get("drift_cosine") or {}).get("min")
+        values = [found["norm"], found["truncation_error"], found["naive_error"], found.get("rank")]
+        values += [found.get("effective_rank"), cosine, found.get("side_error")]
+        due = " (rebase due)" if found.get("rebase_due") else ""
+        rows.append([layer, *("-" if value is None else f"{value:.3g}" for value in values)])
+        rows[-1][-1] += due
+    _table(heads, rows)
 
 
 def _keys(args: argparse.Namespace) -> int:
@@ -218,8 +240,11 @@ class Display:
 
 def _headline(status: Status) -> str:
     online = sum(device.online for device in status.devices)
-    text = f"{status.site}/{status.job}: {status.state}, round {status.round} of {status.rounds}, {status.phase}"
-    if status.phase in ("train", "evaluate"):
+    text = f"{status.site}/{status.job}: {status.state}, round {status.round} of {status.rounds + status.uncounted}"
+    if status.uncounted:
+        text += f" ({status.uncounted} were declined and do not count)"
+    text += f", {status.phase}"
+    if status.phase_deadline is not None:
         text += f" {status.answered}/{status.assigned} answered"
         if status.declined:
             text += f", {status.declined} declined"

@@ -102,7 +102,8 @@ class Fold:
         start = self._model(upload.start)
         trains = upload.phase == "train"
         bound = self._norm_bound(upload.round, start) if trains else None
-        kinds = (self._job.task.encoding, *self._job.task.encodings_allowed) if trains else ("float32",)
+        # float32 loses nothing, so no task needs to allow it.
+        kinds = ("float32", self._job.task.encoding, *self._job.task.encodings_allowed) if trains else ("float32",)
         body = self._journal.body(upload.device, upload.upload)
         try:
             tensors = admit(
@@ -186,7 +187,7 @@ class Fold:
     def program(self, number: int, phase: str, device: str) -> Program:
         """What a device runs in a phase of a round."""
         trained = self._bundle.program(program_of(self._job, number, device))
-        return self._evaluation(trained) if phase == "evaluate" else trained
+        return self._evaluation(trained) if phase != "train" else trained
 
     def start_of(self, number: int, model: str, program: Program) -> str:
         """The digest of what `program` starts from under `model`; stored as a blob. Raises `StorageError`."""

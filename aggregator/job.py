@@ -7,6 +7,7 @@ reference in `docs/job-file.md` is `render_reference()`. Paths are relative to t
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import math
 import re
 import tomllib
@@ -56,6 +57,14 @@ _NOT_NEGATIVE: Mapping[str, Any] = {"expected": "0 or more", "holds": lambda v: 
 _SHARE: Mapping[str, Any] = {"expected": "from 0 to 1", "holds": lambda v: 0 <= v <= 1}
 
 
+def _is_ip(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _one_of(*names: str) -> dict[str, Any]:
     return {"expected": "one of " + ", ".join(names), "holds": lambda v: v in names}
 
@@ -79,6 +88,20 @@ KEYS: tuple[Key, ...] = (
         0,
         "Port of the gateway's own broker; 0: a free one, kept in the state folder.",
         **_NOT_NEGATIVE,
+    ),
+    Key(
+        "broker.address",
+        str,
+        "127.0.0.1",
+        "IP address that the gateway's own broker listens at; beyond loopback only with `security.folder`.",
+        expected="an IP address",
+        holds=_is_ip,
+    ),
+    Key(
+        "security.folder",
+        Path,
+        None,
+        "The gateway's certificates, as `edgewise devices init-ca` made them; with it every connection is mutual TLS.",
     ),
     Key("round.quorum", int, None, "Updates that close a phase at once; without it: one of every device.", **_POSITIVE),
     Key("round.minimum", int, 1, "Fewer updates than this at the deadline are not merged.", **_POSITIVE),
@@ -192,6 +215,14 @@ class BrokerSettings:
 
     url: str | None
     port: int
+    address: str = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class SecuritySettings:
+    """`[security]`."""
+
+    folder: Path | None
 
 
 @dataclass(frozen=True)
@@ -275,6 +306,7 @@ class Job:
     keys: Keys
     devices: Devices
     broker: BrokerSettings
+    security: SecuritySettings
     round: RoundSettings
     task: TaskSettings
     assign: AssignSettings
@@ -288,6 +320,7 @@ _TABLES: Mapping[str, type[Any]] = {
     "keys": Keys,
     "devices": Devices,
     "broker": BrokerSettings,
+    "security": SecuritySettings,
     "round": RoundSettings,
     "task": TaskSettings,
     "assign": AssignSettings,
@@ -308,7 +341,7 @@ def load_job(path: Path) -> Job:
             content = tomllib.load(file)
     except OSError as error:
         raise JobError(f"{path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise JobError(f"{path}: not a TOML file: {error}") from error
     given = _flatten(content, path)
     values: dict[str, Any] = {}
@@ -335,6 +368,13 @@ def load_job(path: Path) -> Job:
     quorum = values["round.quorum"]
     if quorum is not None and quorum < values["round.minimum"]:
         raise JobError(f"{path}: round.quorum = {quorum} is below round.minimum = {values['round.minimum']}")
+    secure, url = values["security.folder"] is not None, values["broker.url"]
+    if not secure and not ipaddress.ip_address(values["broker.address"]).is_loopback:
+        raise JobError(
+            f"{path}: broker.address = {values['broker.address']!r} is beyond this machine: that needs security.folder"
+        )
+    if url is not None and url.startswith("mqtts://") is not secure:
+        raise JobError(f"{path}: broker.url = {url!r}: mqtts:// and security.folder belong together")
     for name in sorted(
         _TABLES, key=lambda table: -table.count(".")
     ):  # inner tables first: they are values of the outer ones

@@ -31,10 +31,11 @@ from typing import Any, Final
 from aggregator import fold, intake, rounds
 from aggregator.assign.uniform import Assignment, assign
 from aggregator.blobs import BlobStore
-from aggregator.broker import Broker
+from aggregator.broker import SESSION_EXPIRY, Broker, Security
 from aggregator.job import Job, check_against
 from aggregator.journal import DiskFullError, Identity, Journal, RoundRecord, Status
-from devices.registry import Registry
+from devices.registry import Registry, RegistryError
+from devices.roles import initial_config
 from edge_sdk import faults, wire
 from edge_sdk.bundle import Bundle, Program
 from edge_sdk.errors import EdgewiseError, LinkError, StorageError
@@ -44,9 +45,8 @@ from edge_sdk.update import max_update_bytes
 
 log = logging.getLogger(__name__)
 
-INGEST: Final = "aggregator"
+INGEST: Final = wire.AGGREGATOR
 BATCH: Final = 32  # messages in one transaction
-SESSION_EXPIRY: Final = 7 * 86_400  # seconds
 PROGRESS_SECONDS: Final = 0.5
 LINGER_SECONDS: Final = 2.0  # of silence at the end, so that every device hears its last verdict
 LINGER_LIMIT: Final = 15.0
@@ -188,12 +188,22 @@ class Service:
         job = self._job
         with ExitStack() as stack:
             self._prepare(stack)
-            self._broker = Broker(job.state / "broker", job.broker, demo=self._demo, kind=self._broker_kind)
+            security = self._security()
+            self._broker = Broker(
+                job.state / "broker", job.broker, demo=self._demo, kind=self._broker_kind, security=security
+            )
             url = self._broker.start()
             stack.callback(self._broker.stop)
             with self._journal.transaction():
                 self._journal.set_meta("broker", self._broker.description)
-            self._link = Link(url, INGEST, on_event=self._inbox.put, manual_ack=True, session_expiry=SESSION_EXPIRY)
+            self._link = Link(
+                url,
+                INGEST,
+                on_event=self._inbox.put,
+                manual_ack=True,
+                session_expiry=SESSION_EXPIRY,
+                tls=None if security is None else security.aggregator,
+            )
             stack.callback(self._link.close)
             self._resume()
             self._link.connect()
@@ -209,6 +219,16 @@ class Service:
             self._on_progress(status)
         return status
 
+    def _security(self) -> Security | None:
+        job = self._job
+        if job.security.folder is None:
+            return None
+
+        def roles() -> str:
+            return initial_config(job.prefix, job.site, Registry.load(job.devices.registry).active)
+
+        return Security(job.security.folder, roles)
+
     def _prepare(self, stack: ExitStack) -> None:
         job = self._job
         try:
@@ -220,7 +240,7 @@ class Service:
         check_against(job, self._bundle)
         self._program = self._bundle.program(job.program)
         self._key = SigningKey.load(job.keys.control)
-        self._registry = Registry.load(job.devices.registry)
+        self._registry, self._registry_seen = Registry.load(job.devices.registry), _stamp(job.devices.registry)
         identity = Identity(site=job.site, job=job.job, bundle=self._bundle.digest, program=job.program)
         self._journal = Journal(job.state, identity)
         stack.callback(self._journal.close)
@@ -265,7 +285,7 @@ class Service:
             intake.Restarted(now, tuple(self._journal.offers()), tuple(self._journal.presences())),
             intake.PhaseOpened(now, self._public()),
         ]
-        if state.phase in (rounds.Phase.TRAIN, rounds.Phase.EVALUATE):
+        if state.phase in rounds.OPEN:
             events.append(self._still_issued(state.phase, state.tasks, state.phase_deadline))
         if state.carried:
             events.append(self._still_issued(rounds.Phase.TRAIN, state.carried, state.deadline))
@@ -273,10 +293,14 @@ class Service:
             self._journal.publish(self._address.job_topic, self._sign(self._job_manifest()), None)
             self._journal.save_rounds_state(rounds.to_json(state))
         self._process([*events, rounds.Restarted(now)])
+        present = {device for device, presence in self._intake.presence.items() if presence.online}
+        self._shut_out(sorted(present - set(self._registry.active)))
 
     def _loop(self) -> None:
         while not self._stopping.is_set() and not self._is_over():
-            self._handle(self._collect())
+            events = self._collect()
+            self._watch_registry()  # before the first word of a device that has just been entered is read
+            self._handle(events)
             if self._work and not self._blocked:
                 self._do(self._work.popleft())
             self._send()
@@ -445,11 +469,8 @@ class Service:
         """The key of a device in the registry; None, and one line in the log, for a stranger."""
         key = self._registry.key(device)
         if key is None and device not in self._strangers:
-            self._registry = Registry.load(self._job.devices.registry)  # it may have been added since
-            key = self._registry.key(device)
-            if key is None:
-                self._strangers.add(device)
-                log.warning("device %r is not in %s: it is not heard", device, self._job.devices.registry)
+            self._strangers.add(device)
+            log.warning("device %r is not in %s, or revoked: it is not heard", device, self._job.devices.registry)
         return key
 
     def _intake_step(self, event: intake.Event, out: list[_Outward], payload: bytes = b"") -> None:
@@ -494,6 +515,9 @@ class Service:
                 journal.save_presence(presence)
             case intake.Tell(event):
                 self._rounds_step(event, out)
+            case intake.ClearRetained(device):
+                for topic in (self._address.assign(device), self._address.status(device)):
+                    self._retain(topic, b"", None, out)
 
     def _rounds_step(self, event: rounds.Event, out: list[_Outward]) -> None:
         before = self._rounds.tasks
@@ -521,7 +545,11 @@ class Service:
             case rounds.WithdrawTasks(devices):
                 for device in devices:
                     self._retain(self._address.assign(device), b"", None, out)
-            case rounds.ClosePhase(_, _, kept):
+            case rounds.ClosePhase(number, phase, kept, declined):
+                if phase is rounds.Phase.TRAIN and self._record is not None:
+                    self._record = replace(self._record, declined=declined)
+                if phase is rounds.Phase.MEASURE:  # its evidence stands from now on
+                    journal.mark_merged(journal.updates(number, phase), number, keep_bodies=keep)
                 self._intake_step(intake.PhaseClosed(self._clock.now(), kept), out)
             case rounds.SetAside(number, phase, reason):
                 trained = phase is rounds.Phase.TRAIN
@@ -874,6 +902,28 @@ class Service:
             self._shown = now
             self._on_progress(self._journal.status(self._job.rounds))
 
+    def _watch_registry(self) -> None:
+        """Hear of devices that were admitted or shut out while the job runs."""
+        path = self._job.devices.registry
+        stamp = _stamp(path)
+        if stamp == self._registry_seen or self._blocked:
+            return
+        self._registry_seen = stamp
+        former = set(self._registry.active)
+        try:
+            self._registry = Registry.load(path)
+        except RegistryError as error:
+            log.error("the registry is left as it was: %s", error)
+            return
+        self._strangers.clear()
+        self._shut_out(sorted(former & {name for name in self._registry.ids if self._registry.entries[name].revoked}))
+
+    def _shut_out(self, devices: Sequence[str]) -> None:
+        """Forget what revoked devices have not finished, and clear what the broker retains of theirs."""
+        for device in devices:
+            log.warning("device %s is revoked: it is heard no more", device)
+        self._process([intake.Revoked(self._clock.now(), device) for device in devices])
+
     def _watch_disk(self) -> None:
         """Notice a disk that runs full before it is, and one that has room again."""
         usage = shutil.disk_usage(self._job.state)
@@ -934,3 +984,12 @@ def _write(path: Path, data: bytes) -> None:
         aside.replace(path)
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error.strerror}); free some disk space") from error
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """What shows that a file was replaced; zeros where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return (0, 0)
+    return (found.st_mtime_ns, found.st_ino)

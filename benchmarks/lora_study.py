@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,12 +169,16 @@ def _row(table: str, entrant: Entrant, split: str, seed: int, rate: float, run: 
     }
 
 
+def _chosen(entrants: Sequence[Entrant], args: argparse.Namespace) -> list[Entrant]:
+    return [entrant for entrant in entrants if args.rules is None or entrant.name in args.rules]
+
+
 def _rules(bench: Bench, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every rule at one learning rate."""
     rows = []
     for split in SPLITS:
         for seed in range(args.seeds):
-            for entrant in EQUAL:
+            for entrant in _chosen(EQUAL, args):
                 rate = entrant.rate or ONE_RATE
                 rows.append(
                     _row("rules", entrant, split, seed, rate, bench.run(entrant, split, seed, args.rounds, rate))
@@ -187,7 +191,7 @@ def _rates(bench: Bench, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The grid at Dirichlet 0.3."""
     rows = []
     for seed in range(args.rate_seeds):
-        for entrant in EQUAL[1:]:
+        for entrant in _chosen(EQUAL[1:], args):
             for rate in args.rates:
                 run = bench.run(entrant, "dirichlet 0.3", seed, args.rounds // 2, rate)
                 rows.append(_row("lr", entrant, "dirichlet 0.3", seed, rate, run))
@@ -217,7 +221,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     for split in ("dirichlet 0.3", "dirichlet 0.1"):
         ours, naive = (_of(rows, "rules", name, split) for name in ("product_svd even", "factor_mean"))
-        if not ours:
+        if not ours or not naive:
             continue
         gains = [a["round_10"] - b["round_10"] for a, b in zip(ours, naive, strict=True)]
         key = split.replace("dirichlet 0.", "skew_0_")
@@ -289,13 +293,16 @@ def plot(rows: list[dict[str, Any]], folder: Path) -> None:
         figure, axes = plt.subplots(figsize=(7, 4.5))
         for entrant in EQUAL:
             curves = [row["accuracy"] for row in _of(rows, "rules", entrant.name, split)]
-            axes.plot(np.mean(curves, axis=0), label=entrant.name)
+            if curves:
+                axes.plot(np.mean(curves, axis=0), label=entrant.name)
         axes.set(xlabel="round", ylabel="test accuracy", title=f"learning rate {ONE_RATE:g}, {split}", ylim=(0, 1))
         _save(figure, axes, folder / f"lora-rules-{split.replace(' ', '-').replace('.', '')}.png")
     if any(row["table"] == "lr" for row in rows):
         figure, axes = plt.subplots(figsize=(7, 4.5))
         for entrant in EQUAL[1:]:
             mine = _of(rows, "lr", entrant.name)
+            if not mine:
+                continue
             rates = sorted({row["learning_rate"] for row in mine})
             means = [np.mean([row["final"] for row in mine if row["learning_rate"] == rate]) for rate in rates]
             axes.semilogx(rates, means, marker="o", label=entrant.name)
@@ -345,6 +352,7 @@ def arguments() -> argparse.ArgumentParser:
     """The options."""
     parser = report.parser("lora-study", __doc__)
     parser.add_argument("--table", nargs="+", choices=("rules", "lr", "ranks"), default=["rules", "lr", "ranks"])
+    parser.add_argument("--rules", nargs="+", choices=[e.name for e in EQUAL], help="only these, in `rules` and `lr`")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rate-seeds", type=int, default=2, help="seeds of the grid of learning rates")
     parser.add_argument("--rounds", type=int, default=30)

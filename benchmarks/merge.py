@@ -7,7 +7,7 @@ stays in cache, in the same process. Peak memory is what a process rises by when
 Flower's strategies need all replies at once.
 
 `mean_over_bandwidth` and the FedAvg figures are of the largest size, the speed-ups of median and Krum of the largest at which
-Flower ran them. Flower lives in `.venv-flower-merge` (`pip install flwr`; no torch needed).
+Flower ran them. Flower lives in `.venv-flower-merge`, which is made once; no torch is needed.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from benchmarks import report
 from edge_sdk.errors import MissingDependency
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+FLOWER = CHECKOUT / ".venv-flower-merge" / "bin" / "python"
 ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 FORCED = (
     "OPENBLAS_CORETYPE",
@@ -76,6 +77,19 @@ def ours() -> Worker:
     return Worker([sys.executable, "-m", "benchmarks.merge_worker"])
 
 
+def make_flower_environment(python: Path) -> None:
+    """Flower without torch, once, where `--flower` points by default. Raises `MissingDependency` with pip's words."""
+    if python.is_file() or python != FLOWER:
+        return
+    for command in (
+        [sys.executable, "-m", "venv", str(python.parents[1])],
+        [str(python), "-m", "pip", "install", "-q", "flwr"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise MissingDependency(f"{python.parents[1].name} cannot be made: {done.stderr.strip()[-300:]}")
+
+
 def flower(python: Path) -> Worker:
     """Flower's worker. Raises `MissingDependency` without its environment."""
     if not python.is_file():
@@ -87,6 +101,7 @@ def flower(python: Path) -> Worker:
 
 def measure(args: argparse.Namespace) -> report.Report:
     """Run everything."""
+    make_flower_environment(args.flower)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for parameters in args.parameters:
@@ -217,9 +232,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--updates", type=int, default=100)
     parser.add_argument("--parameters", type=int, nargs="+", default=[1_000_000, 10_000_000])
     parser.add_argument("--repeats", type=int, default=3, help="runs of each; the fastest counts")
-    parser.add_argument(
-        "--flower", type=Path, default=CHECKOUT / ".venv-flower-merge/bin/python", help="a Python with flwr"
-    )
+    parser.add_argument("--flower", type=Path, default=FLOWER, help="a Python with flwr")
     parser.add_argument("--folder", type=Path, help="where the file of updates goes (4 GB for 10 M parameters)")
     parser.add_argument(
         "--flower-limit",

@@ -21,6 +21,15 @@ class RegistryError(EdgewiseError):
     """A registry that cannot be read, or a device that cannot be entered."""
 
 
+def check_id(device: str) -> None:
+    """Raise `RegistryError` unless a device may have this id: it stands in topics and is a certificate's common name."""
+    if not _ID.fullmatch(device) or device in RESERVED:
+        raise RegistryError(
+            f"device id {device!r} must be 1 to 32 lower-case letters, digits and hyphens, "
+            f"and none of {', '.join(RESERVED)}"
+        )
+
+
 @dataclass(frozen=True)
 class Entry:
     """One device. `key` is its public key (`VerifyKey.text`); `owner` defaults to the id."""
@@ -47,7 +56,7 @@ class Registry:
             raise RegistryError(
                 f"{path}: cannot be read ({error.strerror}); `edgewise devices add` makes one"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RegistryError(f"{path}: not a JSON file: {error}") from error
         registry = cls()
         rows = content.get("devices") if isinstance(content, Mapping) else None
@@ -59,11 +68,7 @@ class Registry:
 
     def add(self, entry: Entry) -> None:
         """Enter a device. Raises `RegistryError` for an id that is no id, is reserved, or is taken."""
-        if not _ID.fullmatch(entry.id) or entry.id in RESERVED:
-            raise RegistryError(
-                f"device id {entry.id!r} must be 1 to 32 lower-case letters, digits and hyphens, "
-                f"and none of {', '.join(RESERVED)}"
-            )
+        check_id(entry.id)
         if entry.id in self.entries:
             raise RegistryError(f"device id {entry.id!r} is taken: two devices with one id would answer for each other")
         self.entries[entry.id] = entry
@@ -72,6 +77,11 @@ class Registry:
         """The key of a device, None for one that is unknown or revoked."""
         entry = self.entries.get(device)
         return None if entry is None or entry.revoked else VerifyKey.from_text(entry.key)
+
+    @property
+    def active(self) -> list[str]:
+        """The ids that are not revoked, sorted."""
+        return [name for name in self.ids if not self.entries[name].revoked]
 
     @property
     def ids(self) -> list[str]:

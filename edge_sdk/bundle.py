@@ -8,7 +8,8 @@ Rules of trust, in this order:
    before the manifest is parsed, if the caller pins a release key.
 3. The manifest names every other member with its size and SHA-256; no member is used before both agree, and there is no
    member that it does not name.
-4. Only then are graphs handed to the runtime, from a folder of their own.
+4. Only then are graphs looked at, by rules of their own (`edge_sdk.onnx_wire`): how large they may be, and that they
+   read no file but the bundle's weights. What is left is handed to the runtime, from a folder of its own.
 
 What this module does not do: it opens no network connection and runs no graph.
 """
@@ -36,6 +37,7 @@ import numpy as np
 from edge_sdk.errors import BundleError, SignatureError
 from edge_sdk.fields import TARGET, FieldSpec
 from edge_sdk.keys import VerifyKey
+from edge_sdk.onnx_wire import FILE_LIMIT, check_graph
 from edge_sdk.tensors import HEADER_LIMIT, Array, Tensors, TensorSpec, digest, pack
 
 log = logging.getLogger(__name__)
@@ -44,9 +46,10 @@ FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
 SIGNATURE: Final = "manifest.sig"
 WEIGHTS: Final = "weights.safetensors"
+GRAPH_SUFFIX: Final = ".onnx"  # the runtime takes others for formats of its own
 SIGNED_PREFIX: Final = b"edgewise/bundle/1\0"
 MANIFEST_LIMIT: Final = 4 << 20
-GRAPH_LIMIT: Final = 16 << 20  # I13 of the step-graph contract
+GRAPH_LIMIT: Final = FILE_LIMIT  # I13 of the step-graph contract
 ARCHIVE_LIMIT: Final = 4 << 30
 FILES_LIMIT: Final = 4096
 ACCUMULATING: Final = ("describe", "evaluate", "observe")
@@ -97,6 +100,16 @@ class GraphVariant:
 
 
 @dataclass(frozen=True)
+class Features:
+    """What a frozen prefix hands to the step: whether a sample's may be kept, if not why, and bytes of one sample."""
+
+    cacheable: bool = False
+    reason: str = "no frozen prefix"
+    nbytes: int = 0
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
 class HyperRange:
     """Default and limits of one hyper-parameter `h.<name>`; a task outside them is refused."""
 
@@ -127,7 +140,8 @@ class Program:
     """One program of the bundle; the contract of its graphs is `step-graphs.md`, section 2.
 
     `tensors` are what it trains or accumulates; `constants` come with the start of a task and stay as they are, such as
-    the factor of a LoRA pair that rests in this round.
+    the factor of a LoRA pair that rests in this round. `gradients` and `apply` are the step in two: batches of more than
+    `batch_largest` samples go through them in parts.
     """
 
     id: str
@@ -152,6 +166,10 @@ class Program:
     state_bytes: int
     cost: Mapping[str, Any] = field(default_factory=dict)
     proof: Mapping[str, Any] | None = None
+    features: Features = Features()
+    gradients: str | None = None
+    apply: str | None = None
+    batch_largest: int | None = None
 
     @property
     def accumulates(self) -> bool:
@@ -166,8 +184,8 @@ class Program:
     @property
     def graphs(self) -> tuple[str, ...]:
         """The files of all its graphs."""
-        infer = (self.infer,) if self.infer else ()
-        return infer + tuple(variant.file for variant in self.prefix + self.step)
+        single = tuple(name for name in (self.infer, self.gradients, self.apply) if name)
+        return single + tuple(variant.file for variant in self.prefix + self.step)
 
 
 class Bundle:
@@ -209,13 +227,27 @@ class Bundle:
             signature = _optional(path / SIGNATURE)
             _check_signature(path, manifest, signature, release_key)
             _verify_folder(path, manifest, path)
-            return cls(path, path, manifest, signed=signature is not None, temporary=False)
+            return cls._looked_into(path, path, manifest, signed=signature is not None, temporary=False)
         with _Archive(path) as archive:
             manifest = archive.read(MANIFEST, MANIFEST_LIMIT)
             signature = archive.read(SIGNATURE, 256) if SIGNATURE in archive.sizes else None
             _check_signature(path, manifest, signature, release_key)
             directory = _unpack(archive, manifest, signature, unpack_to)
-        return cls(path, directory, manifest, signed=signature is not None, temporary=unpack_to is None)
+        return cls._looked_into(path, directory, manifest, signed=signature is not None, temporary=unpack_to is None)
+
+    @classmethod
+    def _looked_into(cls, path: Path, directory: Path, manifest: bytes, *, signed: bool, temporary: bool) -> Bundle:
+        """The bundle, once its manifest is read and its graphs keep the rules."""
+        try:
+            bundle = cls(path, directory, manifest, signed=signed, temporary=temporary)
+            for name in bundle.files:
+                if name.endswith(GRAPH_SUFFIX):
+                    check_graph(directory / name, WEIGHTS)
+        except BundleError:
+            if temporary:
+                shutil.rmtree(directory, ignore_errors=True)
+            raise
+        return bundle
 
     def program(self, program_id: str) -> Program:
         """The program of that id. Raises `BundleError` listing the ids that exist."""
@@ -441,9 +473,11 @@ class _Reader:
             unknown = [name for name in program.reads if name not in table]
             if unknown:
                 raise self._error(f"programs.{program.id}.tensors", unknown[0], "a name of the tensor table")
-            absent = [name for name in program.graphs if name not in self._content["files"]]
+            absent = [n for n in program.graphs if n not in self._content["files"] or not n.endswith(GRAPH_SUFFIX)]
             if absent:
-                raise self._error(f"programs.{program.id}", absent[0], "a file of the bundle")
+                raise self._error(
+                    f"programs.{program.id}", absent[0], f"a file of the bundle that ends in {GRAPH_SUFFIX}"
+                )
             programs[program.id] = program
         for program in programs.values():
             if program.evaluate is not None and program.evaluate not in programs:
@@ -482,6 +516,21 @@ class _Reader:
             state_bytes=self._typed(row, "state_bytes", int),
             cost=row.get("cost", {}),
             proof=row.get("proof"),
+            features=self._features(row),
+            gradients=row.get("gradients"),
+            apply=row.get("apply"),
+            batch_largest=self._typed(batch, "largest", int) if "largest" in batch else None,
+        )
+
+    def _features(self, row: Mapping[str, Any]) -> Features:
+        content = row.get("features", {})
+        if not row.get("prefix"):
+            return Features(reason=str(content.get("reason", Features.reason)))
+        return Features(
+            cacheable=self._typed(content, "cacheable", bool),
+            reason=str(content.get("reason", "")),
+            nbytes=self._typed(content, "bytes", int),
+            dtype=str(content.get("dtype", "float32")),
         )
 
     def _variants(self, rows: list[Mapping[str, Any]]) -> tuple[GraphVariant, ...]:
@@ -529,7 +578,7 @@ def _parse(manifest: bytes, path: Path) -> dict[str, Any]:
             or not _HEX64.fullmatch(str(row.get("sha256")))
         ):
             raise BundleError(f"{path}: {MANIFEST} describes the file {name[:80]!r} wrongly")
-        if name.endswith(".onnx") and row["bytes"] > GRAPH_LIMIT:
+        if name.endswith(GRAPH_SUFFIX) and row["bytes"] > GRAPH_LIMIT:
             raise BundleError(f"{path}: {name} has {row['bytes']} bytes, a graph has at most {GRAPH_LIMIT}")
     return content
 
@@ -620,6 +669,7 @@ def _optional(path: Path) -> bytes | None:
 
 __all__ = [
     "Bundle",
+    "Features",
     "FieldSpec",
     "GraphVariant",
     "HeldOut",

@@ -17,9 +17,16 @@
     threads = 1                         threads of one training step
     seconds = 600                       of training per task; it then ends after the current step
     temperature_celsius = 75            training waits while the hottest zone is above (where Linux tells)
+    cache_bytes = 8388608               features of the model's frozen part, kept in memory during a task; 0 for none
+    memory_bytes = 67108864             optional: of one training step; larger batches go in parts where the program can
     sample_bytes = 67108864             the device's own examples; the oldest go first
     outbox_bytes = 268435456            updates waiting for the gateway
     outbox_entries = 256
+
+    [tls]                               for a broker at mqtts://; `edgewise devices enroll` writes it
+    ca = "ca.pem"                       who signed the certificate of the broker
+    certificate = "press-04.pem"        this device's; its common name is the device's id
+    key = "press-04-tls.key"            its private key; stays on this device
 
 Paths are relative to the file.
 """
@@ -27,7 +34,6 @@ Paths are relative to the file.
 from __future__ import annotations
 
 import difflib
-import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,6 +41,8 @@ from pathlib import Path
 from typing import Any
 
 from edge_sdk.errors import EdgewiseError
+from edge_sdk.tls import TlsFiles
+from edge_sdk.wire import SEGMENT
 
 
 class ConfigError(EdgewiseError):
@@ -48,6 +56,8 @@ class DeviceLimits:
     threads: int = 1
     seconds: float | None = None
     temperature_celsius: float | None = None
+    cache_bytes: int = 8 << 20
+    memory_bytes: int | None = None
     sample_bytes: int = 64 << 20
     outbox_bytes: int = 256 << 20
     outbox_entries: int = 256
@@ -70,6 +80,7 @@ class DeviceConfig:
     program: str | None = None
     encoding: str | None = None
     limits: DeviceLimits = DeviceLimits()
+    tls: TlsFiles | None = None
 
     @classmethod
     def load(cls, path: Path) -> DeviceConfig:
@@ -79,7 +90,7 @@ class DeviceConfig:
                 content = tomllib.load(file)
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror}); `edgewise devices add` makes one") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"{path}: not a TOML file: {error}") from error
         return cls._from(content, path)
 
@@ -90,7 +101,7 @@ class DeviceConfig:
         if missing:
             raise ConfigError(f"{path}: the key {missing[0]!r} is missing")
         for name in ("id", "site", "job"):
-            if not _SEGMENT.fullmatch(values[name]):
+            if not SEGMENT.fullmatch(values[name]):
                 raise ConfigError(
                     f"{path}: {name} = {values[name]!r} must be 1 to 32 lower-case letters, digits and hyphens "
                     "and must not begin with a hyphen"
@@ -99,20 +110,37 @@ class DeviceConfig:
             values[name] = (path.parent / values[name]).resolve()
         limits = _typed(values.pop("limits", {}), _LIMITS, path, "limits.")
         for name, value in limits.items():
-            if value <= 0:
+            if value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
                 raise ConfigError(f"{path}: limits.{name} = {value} must be above 0")
-        return cls(limits=DeviceLimits(**limits), **values)
+        tls = _tls(values.pop("tls", None), path)
+        if (tls is not None) is not values["broker"].startswith("mqtts://"):
+            raise ConfigError(f"{path}: broker = {values['broker']!r}: mqtts:// and the table [tls] belong together")
+        return cls(limits=DeviceLimits(**limits), tls=tls, **values)
 
 
-_SEGMENT = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+def _tls(content: Mapping[str, Any] | None, path: Path) -> TlsFiles | None:
+    if content is None:
+        return None
+    files = _typed(content, dict.fromkeys(_TLS, (str,)), path, "tls.")
+    missing = [name for name in _TLS if name not in files]
+    if missing:
+        raise ConfigError(f"{path}: the key 'tls.{missing[0]}' is missing")
+    return TlsFiles(**{name: (path.parent / files[name]).resolve() for name in _TLS})
+
+
 _REQUIRED = ("id", "site", "job", "broker", "bundle", "store", "device_key", "control_key")
+_MAY_BE_ZERO = ("cache_bytes",)
 _PATHS = {"bundle", "store", "device_key", "control_key", "release_key"}
 _FIELDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys([*_REQUIRED, "release_key", "prefix", "program", "encoding"], (str,)),
     "limits": (dict,),
+    "tls": (dict,),
 }
+_TLS = ("ca", "certificate", "key")
 _LIMITS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(["threads", "sample_bytes", "outbox_bytes", "outbox_entries"], (int,)),
+    **dict.fromkeys(
+        ["threads", "cache_bytes", "memory_bytes", "sample_bytes", "outbox_bytes", "outbox_entries"], (int,)
+    ),
     **dict.fromkeys(["seconds", "temperature_celsius"], (int, float)),
 }
 

@@ -55,6 +55,7 @@ _INBOX: Final = 64  # messages from the gateway that may wait; chunks of blobs g
 _LOOK_AGAIN: Final = 2.0  # seconds between looks at temperature and disk while one of them holds training back
 _COOLER: Final = 2.0  # degrees below the limit before training goes on
 _PATIENCE: Final = 1.0  # seconds that a step waits for predictions to end, so that training is not starved
+_FLOOR_STEP: Final = 3600  # seconds between two writes of the time that has certainly passed
 _GRACE: Final = 5.0  # seconds for the threads to end
 
 
@@ -134,7 +135,9 @@ class EdgeDevice:
             )
             stack.callback(self._outbox.close)
             self._downloads = Downloads(config.store / "blobs", self._outbox)
-            self._profile = RuntimeProfile(threads=limits.threads)
+            self._profile = RuntimeProfile(
+                threads=limits.threads, cache_bytes=limits.cache_bytes, memory_bytes=limits.memory_bytes
+            )
             self._initial = {
                 digest(self._bundle.start_blob(program)): program.id
                 for program in self._bundle.programs.values()
@@ -145,7 +148,8 @@ class EdgeDevice:
             self._predictor = Predictor(self._bundle, self._program, tensors, self._profile)
             stack.pop_all()
         self._address = Address(config.prefix, config.site, config.job)
-        self._link = Link(config.broker, config.id, on_event=self._took)
+        self._time_floor = int(self._outbox.meta("time_floor") or 0)
+        self._link = Link(config.broker, config.id, on_event=self._took, tls=config.tls, floor=lambda: self._time_floor)
         self._courtesy = _Courtesy()
         self._events: queue.Queue[talk.Event | LinkEvent | None] = queue.Queue()
         self._undone: dict[str, Message | talk.Effect] = {}  # what a full disk prevented, to be done when there is room
@@ -291,7 +295,7 @@ class EdgeDevice:
             device=self.config.id,
             link=state.link,
             paused=state.paused,
-            clock=state.clock,
+            clock=self._clock(),
             task=None if state.task is None else state.task.task,
             program=None if state.task is None else state.task.program,
             step=step,
@@ -532,6 +536,7 @@ class EdgeDevice:
             case "command":
                 command = self._decode(wire.Command, payload, self.config.id)
                 if not message.retain:
+                    self._note_time(command.now // 1000)
                     self._advance(talk.CommandReceived(now, command))
             case "round" if payload:
                 self._round(self._decode(wire.RoundManifest, payload, "*"))
@@ -540,6 +545,17 @@ class EdgeDevice:
                 if job.base != self._bundle.base:
                     detail = f"the job trains base {job.base[:12]}, this bundle has {self._bundle.base[:12]}"
                     self._tell("error", f"{detail}: flash the bundle of the job")
+
+    def _clock(self) -> wire.Clock:
+        known = self._state.clock
+        below = known is wire.Clock.UNSET and time.time() < self._time_floor
+        return wire.Clock.FLOOR if below else known
+
+    def _note_time(self, seconds: int) -> None:
+        """Keep the gateway's time (Unix seconds): it has passed, whatever this device's clock says after a restart."""
+        if seconds >= self._time_floor + _FLOOR_STEP:
+            self._outbox.set_meta("time_floor", str(seconds))
+            self._time_floor = seconds
 
     def _decode(self, kind: type[M], payload: bytes, device: str) -> M:
         return wire.decode(kind, payload, address=self._address, device=device, key=self._control)
@@ -573,7 +589,7 @@ class EdgeDevice:
         program = self._bundle.programs.get(task.program)
         if program is None:
             return f"unknown_program: {task.program}"[:64]
-        if task.constants or program.prefix:
+        if task.constants:
             return "unsupported: this version cannot run the task"
         if not 0 < task.start_bytes <= self._bundle.start_limit(program):
             return f"bad_start: {task.start_bytes} bytes"
@@ -708,7 +724,7 @@ class EdgeDevice:
                 paused=held.paused,
                 task=None if held.task is None else held.task.task,
                 declined=None if declined is None else wire.DeclinedTask(task=declined[0], reason=declined[1]),
-                clock=held.clock,
+                clock=self._clock(),
             )
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,16 +72,21 @@ class SigningKey:
     def generate(cls, path: Path) -> SigningKey:
         """Make a key and write it, mode 0600. Raises `KeyFileError` where the file exists: keys are never overwritten."""
         key = cls(Ed25519PrivateKey.generate())
+        aside = path.with_name(path.name + ".part")  # a key that is half written would be there for ever
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            aside.unlink(missing_ok=True)
+            with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(_pem(*_PRIVATE, key._key.private_bytes_raw()))
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(aside, path)
         except FileExistsError as error:
             raise KeyFileError(f"{path}: exists already; a key is never overwritten") from error
         except OSError as error:
             raise KeyFileError(f"{path}: cannot be written ({error.strerror})") from error
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(_pem(*_PRIVATE, key._key.private_bytes_raw()))
-            file.flush()
-            os.fsync(file.fileno())
+        finally:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
         return key
 
     @classmethod

@@ -22,6 +22,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edge_sdk.errors import LinkError
+from edge_sdk.tls import TlsFiles, client_context
 from edge_sdk.wire import WINDOW
 
 log = logging.getLogger(__name__)
@@ -67,9 +68,10 @@ class LinkDown:
 
 @dataclass(frozen=True)
 class Sent:
-    """The broker has the message `mid` (PUBACK): in its memory, no more."""
+    """The broker has answered for the message `mid` (PUBACK): it is in its memory, or (MQTT 5) `refused` says why not."""
 
     mid: int
+    refused: str = ""
 
 
 LinkEvent = Message | LinkUp | LinkDown | Sent
@@ -85,7 +87,10 @@ class Will:
 
 
 class Link:
-    """One identity's connection to one broker. Events come from the network thread: `on_event` must only enqueue."""
+    """One identity's connection to one broker. Events come from the network thread: `on_event` must only enqueue.
+
+    An address `mqtts://` needs `tls`. `floor` gives a time (Unix seconds) that has certainly passed (`edge_sdk.tls`).
+    """
 
     def __init__(
         self,
@@ -97,8 +102,11 @@ class Link:
         session_expiry: int = 86_400,
         keepalive: int = 30,
         version: Version = "auto",
+        tls: TlsFiles | None = None,
+        floor: Callable[[], int] = lambda: 0,
     ) -> None:
-        self._host, self._port = _address(url)
+        self._host, self._port = _address(url, tls)
+        self._tls, self._floor = tls, floor
         self._url, self._client_id = url, client_id
         self._on_event, self._manual_ack = on_event, manual_ack
         self._session_expiry, self._keepalive = session_expiry, keepalive
@@ -202,9 +210,11 @@ class Link:
             self._unacknowledged.clear()
             client, answered, outcome = self._make(version, will, number)
             try:
+                if self._tls is not None:
+                    client.tls_set_context(client_context(self._tls, self._floor()))
                 client.connect(self._host, self._port, self._keepalive, **self._options(version))
                 client.loop_start()
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, LinkError) as error:
                 reason = str(error) if not isinstance(error, socket.timeout) else "no answer"
                 _end(client)
                 break  # nobody listens: another protocol version will not help
@@ -281,7 +291,7 @@ class Link:
             if code.is_failure:
                 log.warning("%s: a message was refused: %s", self._url, code)
             self._unacknowledged.discard(mid)
-            self._emit(Sent(mid))
+            self._emit(Sent(mid, str(code) if code.is_failure else ""))
 
         client.on_connect, client.on_disconnect = on_connect, on_disconnect
         client.on_message, client.on_publish = on_message, on_publish
@@ -294,16 +304,22 @@ class Link:
             log.exception("an event of %s was not taken: %s", self._url, type(event).__name__)
 
 
-def _address(url: str) -> tuple[str, int]:
+def _address(url: str, tls: TlsFiles | None) -> tuple[str, int]:
     parts = urlsplit(url)
     try:
         port = parts.port
     except ValueError:
         port = None
-    if parts.scheme != "mqtt" or not parts.hostname or port is None:
+    if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or port is None:
         raise LinkError(
-            f"the broker's address is {url!r}, expected mqtt://HOST:PORT, for instance mqtt://127.0.0.1:18830"
+            f"the broker's address is {url!r}, expected mqtt://HOST:PORT or mqtts://HOST:PORT, "
+            "for instance mqtt://127.0.0.1:18830"
         )
+    if (parts.scheme == "mqtts") is not (tls is not None):
+        wanted = (
+            "needs a certificate: give [tls]" if tls is None else "is not encrypted: with [tls] it must be mqtts://"
+        )
+        raise LinkError(f"the broker's address {url!r} {wanted}")
     return parts.hostname, port
 
 

@@ -6,12 +6,13 @@ the session's own inputs and outputs. Nothing here knows a method or a scope.
 
 from __future__ import annotations
 
-import ctypes
+import math
 import re
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,30 +20,31 @@ import onnxruntime
 
 from edge_sdk.bundle import Bundle, Program
 from edge_sdk.draws import Draws
-from edge_sdk.errors import BundleError, SampleError, TaskError
+from edge_sdk.errors import BundleError, EdgewiseError, SampleError, TaskError
+from edge_sdk.features import Prefix
 from edge_sdk.fields import INPUT, WEIGHT, FieldSpec, check_batch
+from edge_sdk.samples import Ids
+from edge_sdk.sessions import RuntimeProfile, Signature, give_back, inputs_of, open_session, outputs_of, shared
 from edge_sdk.tensors import Array, Tensors
+
+__all__ = ["NonFiniteLoss", "Predictor", "RuntimeProfile", "StepInterrupted", "StepResult", "Stepper", "open_session"]
 
 _STATE = re.compile(r"(p|s\d+|e|n|a)\.(.+)")
 _GIVEN = ("p.", "n.", "c.")  # classes of inputs that come with the start
 _NEXT = ".next"
+_DTYPES: Mapping[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(double)": np.dtype(np.float64),
+    "tensor(int64)": np.dtype(np.int64),
+}
 
 
 class NonFiniteLoss(TaskError):
     """A step gave a loss or a tensor that is not finite; the state is that of the last good step."""
 
 
-@dataclass(frozen=True)
-class RuntimeProfile:
-    """How much of the machine a session may take; the device profile decides.
-
-    `prepacking` off keeps weights as mapped pages at the price of slower matrix products (step-graphs.md, 2.5).
-    """
-
-    threads: int = 1
-    arena: bool = True
-    memory_pattern: bool = False
-    prepacking: bool = True
+class StepInterrupted(TaskError):
+    """A step was ended before it was done; the state is that of the last whole step."""
 
 
 @dataclass(frozen=True)
@@ -53,30 +55,6 @@ class StepResult:
     metrics: Mapping[str, float]
     seconds: float
     num_examples: int
-
-
-def open_session(path: Path, profile: RuntimeProfile) -> onnxruntime.InferenceSession:
-    """An inference session on the CPU. Raises `BundleError` when the runtime refuses the graph."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = profile.threads
-    options.inter_op_num_threads = 1
-    options.enable_cpu_mem_arena = profile.arena
-    options.enable_mem_pattern = profile.memory_pattern
-    options.log_severity_level = 3
-    # The app beside us needs the core more than a waiting thread does.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # A weight that is stored in int8 is multiplied in float32: by itself the runtime would round the activations to int8,
-    # and the gradients of adapters are then off by percents.
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    if not profile.prepacking:
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise BundleError(
-            f"{path.name}: onnxruntime {onnxruntime.__version__} refuses this graph ({str(error)[:300]}): "
-            "export the bundle again, or upgrade onnxruntime"
-        ) from error
 
 
 class Predictor:
@@ -93,6 +71,14 @@ class Predictor:
         self._data = [name for name in self._inputs if name.startswith("d.")]
         self._outputs = [value.name for value in self._session.get_outputs()]
         self._program, self._bundle = program, bundle
+        for name, _, shape in inputs_of(self._session):
+            entry = next((e for t in program.reads if (e := bundle.tensors[t]).graph_name == name), None)
+            if name not in self._fields and (entry is None or entry.shape != shape):
+                raise BundleError(
+                    f"{bundle.path}: the graphs of program {program.id!r} do not fit their contract: I4: "
+                    f"{name} of {program.infer} is {list(shape)}, the table has "
+                    f"{'no such tensor' if entry is None else list(entry.shape)}"
+                )
         self._tensors: dict[str, Array] = {}
         self.set_tensors(tensors)
 
@@ -122,10 +108,11 @@ class Predictor:
 
 
 class Stepper:
-    """One task's graphs and state: runs one step after another. Not thread-safe.
+    """One task's graphs and state: runs one step after another. Not thread-safe, but for `terminate`.
 
     State lives in two sets of buffers: each step reads one and writes the other, so a step that fails leaves the state of
-    the last good one, and nothing is copied or allocated per step.
+    the last good one, and nothing is copied or allocated per step. Where a program has a frozen prefix, it runs first, and
+    its features of samples seen before are kept as far as the profile's `cache_bytes` go.
     """
 
     def __init__(
@@ -136,65 +123,91 @@ class Stepper:
         profile: RuntimeProfile | None = None,
         seed: int = 0,
     ) -> None:
-        if program.prefix:
-            raise TaskError(
-                f"program {program.id!r} has a frozen prefix, which this version cannot run: upgrade edgewise"
-            )
-        self._bundle, self._program = bundle, program
+        self._bundle, self._program, self._profile = bundle, program, profile or RuntimeProfile()
         self._fields = {field.name: field for field in bundle.fields}
-        self._draws = Draws(seed, "variant")
+        self._draws, self._seed = Draws(seed, "variant"), seed
         self._odds = [variant.weight for variant in program.step]
-        sessions = [open_session(bundle.file(variant.file), profile or RuntimeProfile()) for variant in program.step]
-        inputs = {value.name: value for value in sessions[0].get_inputs()}
+        self._prefix = Prefix(bundle, program, self._profile, seed) if program.prefix else None
+        sessions = [open_session(bundle.file(variant.file), self._profile) for variant in program.step]
         self._check_signatures(sessions)
-        self._data = [name for name in inputs if name.startswith("d.") and name != WEIGHT]
+        inputs = {name: (kind, shape) for name, kind, shape in inputs_of(sessions[0])}
+        read = [*inputs, *(name for name, _, _ in self._prefix.inputs)] if self._prefix else list(inputs)
+        self._data = sorted({name for name in read if name.startswith("d.") and name != WEIGHT})
+        self._random = {
+            name: shape
+            for name, _, shape in [*inputs_of(sessions[0]), *(self._prefix.inputs if self._prefix else [])]
+            if name.startswith("r.")
+        }
         self._weighted = WEIGHT in inputs
         self._rests = {bundle.tensors[name].graph_name for name in program.constants}
         self._state = [name for name in inputs if self._is_state(name)]
         self._hyper = {
-            name.removeprefix("h."): np.zeros((), np.int64 if name == "h.step" else np.float32)
-            for name in inputs
+            name.removeprefix("h."): np.zeros((), _DTYPES[kind])
+            for name, (kind, _) in inputs.items()
             if name.startswith("h.")
         }
-        self._check_state(inputs, sessions[0])
+        self._check_state(inputs, outputs_of(sessions[0]))
         self._steps = 0
         self._side = 0
         self._buffers = self._fill(inputs, start)
-        constants = self._constants(inputs, start)
-        self._results = {
-            value.name: np.zeros([int(size) for size in value.shape], np.float32)
-            for value in sessions[0].get_outputs()
-            if not value.name.endswith(_NEXT)
-        }
-        self._bindings = [[self._bind(session, side, constants) for side in (0, 1)] for session in sessions]
-        self._sessions = sessions
+        if self.state_bytes != program.state_bytes:
+            raise self._broken(
+                f"I12: the state takes {self.state_bytes} bytes, the manifest says {program.state_bytes}"
+            )
         # OrtValues share the memory of these arrays and do not keep it alive.
-        self._held = constants
+        self._constants = self._constant_tensors(inputs, start)
+        self._results = {
+            name: np.zeros([int(size) for size in shape], np.float32)
+            for name, _, shape in outputs_of(sessions[0])
+            if not name.endswith(_NEXT)
+        }
+        self._bindings = [[self._bind(session, side) for side in (0, 1)] for session in sessions]
+        self._sessions = sessions
+        self._halves: _Halves | None = None
+        self._largest = self._largest_batch()
+        self._run_options = onnxruntime.RunOptions()
 
     @property
     def state_bytes(self) -> int:
         """Bytes of one set of state buffers."""
         return sum(value.nbytes for value in self._buffers[0].values())
 
-    def step(self, batch: Mapping[str, Array], hyper: Mapping[str, float] | None = None) -> StepResult:
+    @property
+    def kept_samples(self) -> int:
+        """How many samples' features are kept."""
+        return 0 if self._prefix is None else len(self._prefix.cache)
+
+    @property
+    def prefix_runs(self) -> int:
+        """How often the frozen part has run."""
+        return 0 if self._prefix is None else self._prefix.runs
+
+    def step(
+        self,
+        batch: Mapping[str, Array],
+        hyper: Mapping[str, float] | None = None,
+        *,
+        ids: Ids | None = None,
+        seconds: float | None = None,
+    ) -> StepResult:
         """Run one step on `batch` (`d.x`, `d.y`, ...; `d.w` float32 `[n]` is filled with ones if absent).
 
-        `hyper` maps names without `h.` to values; absent ones take the program's default. Raises `SampleError` for data
-        and `TaskError` for hyper-parameters that do not fit, `NonFiniteLoss` when the step diverges: in each case the
-        state is that of the last good step.
+        `hyper` maps names without `h.` to values; absent ones take the program's default. `ids`, one per sample, lets
+        features of the frozen part be kept for the next time. A step of more than `seconds` is ended. Raises
+        `SampleError` for data and `TaskError` for hyper-parameters that do not fit, `NonFiniteLoss` when the step
+        diverges, `StepInterrupted`: in each case the state is that of the last good step.
         """
         began = time.perf_counter()
         data = self._checked(batch)
         count = len(next(iter(data.values())))
+        if ids is not None and len(ids) != count:
+            raise SampleError(f"the batch holds {count} samples and {len(ids)} ids")
         self._set_hyper(hyper or {})
-        variant = 0 if len(self._odds) == 1 else self._draws.choice(self._odds)
-        binding = self._bindings[variant][self._side]
-        for name, values in data.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(values))
-        try:
-            self._sessions[variant].run_with_iobinding(binding)
-        except Exception as error:
-            raise TaskError(f"step {self._steps + 1} of {self._program.id!r} failed: {str(error)[:300]}") from error
+        with self._watched(seconds):
+            if self._largest is not None and count > self._largest:
+                self._run_in_parts(data, ids, count)
+            else:
+                self._run(data, ids)
         loss = float(self._results["loss"].ravel()[0])
         new = self._buffers[1 - self._side]
         bad = next((name for name in self._state if not np.isfinite(new[name].sum(dtype=np.float64))), None)
@@ -219,11 +232,99 @@ class Stepper:
         named = {self._bundle.tensors[name].graph_name: name for name in self._program.tensors}
         return {named[name]: present[name].copy() for name in self._state if name in named}
 
+    def terminate(self) -> None:
+        """End the step that runs now, if one does; from any thread."""
+        self._run_options.terminate = True
+
     def close(self) -> None:
         """Let the sessions and their memory go."""
         self._bindings.clear()
         self._sessions.clear()
-        _give_back()
+        self._halves = None
+        if self._prefix is not None:
+            self._prefix.close()
+        give_back()
+
+    # One step.
+
+    @contextmanager
+    def _watched(self, seconds: float | None) -> Iterator[None]:
+        """End what runs inside after `seconds`, and say which step failed and why."""
+        self._run_options.terminate = False
+        watch = None if seconds is None else threading.Timer(max(0.0, seconds), self.terminate)
+        try:
+            if watch is not None:
+                watch.daemon = True
+                watch.start()
+            yield
+        except EdgewiseError:
+            raise
+        except Exception as error:
+            if self._run_options.terminate:
+                limit = "" if seconds is None else f" after {seconds:.3g} s"
+                raise StepInterrupted(f"step {self._steps + 1} of {self._program.id!r} was ended{limit}") from error
+            raise TaskError(f"step {self._steps + 1} of {self._program.id!r} failed: {str(error)[:300]}") from error
+        finally:
+            if watch is not None:
+                watch.cancel()
+
+    def _run(self, data: Mapping[str, Array], ids: Ids | None) -> None:
+        variant = 0 if len(self._odds) == 1 else self._draws.choice(self._odds)
+        binding = self._bindings[variant][self._side]
+        self._bind_data(binding, self._sessions[variant], data, ids, self._drawn(0, len(next(iter(data.values())))))
+        self._sessions[variant].run_with_iobinding(binding, self._run_options)
+
+    def _run_in_parts(self, data: Mapping[str, Array], ids: Ids | None, count: int) -> None:
+        """The same step from sums over parts of the batch: gradients weighted by their share of `d.w`, then the optimizer."""
+        assert self._largest is not None
+        if self._halves is None:
+            self._halves = self._opened_halves()
+        halves = self._halves
+        weights = data[WEIGHT] if self._weighted else np.ones(count, np.float32)
+        whole = float(weights.sum(dtype=np.float64))
+        for total in (*halves.totals.values(), *self._results.values()):
+            total[...] = 0
+        for rows in np.array_split(np.arange(count), math.ceil(count / self._largest)):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            share = np.float32(float(weights[part].sum(dtype=np.float64)) / whole)
+            if share == 0:
+                continue
+            chosen = {name: values[part] for name, values in data.items()}
+            drawn = self._drawn(part.start, len(rows))
+            binding = halves.gradients[self._side]
+            self._bind_data(binding, halves.gradients_session, chosen, None if ids is None else ids[part], drawn)
+            halves.gradients_session.run_with_iobinding(binding, self._run_options)
+            for name, total in [*halves.totals.items(), *self._results.items()]:
+                np.add(total, share * halves.parts[name].reshape(total.shape), out=total)
+        halves.apply_session.run_with_iobinding(halves.apply[self._side], self._run_options)
+
+    def _bind_data(
+        self,
+        binding: onnxruntime.IOBinding,
+        session: onnxruntime.InferenceSession,
+        data: Mapping[str, Array],
+        ids: Ids | None,
+        drawn: Mapping[str, Array],
+    ) -> None:
+        given = {**data, **drawn}
+        read = {value.name for value in session.get_inputs()}
+        for name in read & given.keys():
+            binding.bind_cpu_input(name, np.ascontiguousarray(given[name]))
+        if self._prefix is not None:
+            for name, values in self._prefix.features(data, drawn, ids, self._run_options).items():
+                if name in read:
+                    binding.bind_ortvalue_input(name, shared(values))
+
+    def _drawn(self, first: int, count: int) -> dict[str, Array]:
+        """`r.*` of this step: by seed, step and name, so that a replay draws the same; of the batch's rows from `first` on."""
+        return {
+            name: Draws(self._seed, f"{name}/{self._steps + 1}").uniform((first + count, *(int(s) for s in shape[1:])))[
+                first:
+            ]
+            for name, shape in self._random.items()
+        }
+
+    # Before the first step.
 
     def _is_state(self, name: str) -> bool:
         match = _STATE.fullmatch(name)
@@ -231,42 +332,54 @@ class Stepper:
         return match is not None and (match[1] == "a" if self._program.accumulates else name not in self._rests)
 
     def _check_signatures(self, sessions: list[onnxruntime.InferenceSession]) -> None:
-        """I3: all variants have the same signature."""
+        """I3: all variants have the same signature; I7: what the prefix makes is what the step reads."""
 
         def signature(session: onnxruntime.InferenceSession) -> list[tuple[str, str, str]]:
-            values = [*session.get_inputs(), *session.get_outputs()]
-            return sorted((value.name, value.type, str(value.shape)) for value in values)
+            return sorted((n, kind, str(shape)) for n, kind, shape in [*inputs_of(session), *outputs_of(session)])
 
         for session, variant in zip(sessions[1:], self._program.step[1:], strict=True):
             if signature(session) != signature(sessions[0]):
-                raise self._broken(f"{variant.file} has another signature than {self._program.step[0].file}")
+                raise self._broken(f"I3: {variant.file} has another signature than {self._program.step[0].file}")
+        made = {} if self._prefix is None else {name: (kind, shape[1:]) for name, kind, shape in self._prefix.outputs}
+        for name, kind, shape in inputs_of(sessions[0]):
+            if name.startswith("f.") and made.get(name) != (kind, shape[1:]):
+                found = f"{made[name][0]} {list(made[name][1])}" if name in made else "nothing"
+                raise self._broken(
+                    f"I7: the step reads {name} as {kind} {list(shape[1:])} per sample, the prefix makes {found}"
+                )
 
-    def _check_state(self, inputs: Mapping[str, Any], session: onnxruntime.InferenceSession) -> None:
+    def _check_state(self, inputs: Mapping[str, tuple[str, tuple[int | str, ...]]], outputs: Signature) -> None:
         """I1, I4 and the classes of inputs that this runtime can fill."""
-        outputs = {value.name: value for value in session.get_outputs()}
-        if "loss" not in outputs:
+        made = {name: (kind, shape) for name, kind, shape in outputs}
+        if "loss" not in made:
             raise self._broken("the step has no output `loss`")
         expected = {name + _NEXT for name in self._state}
-        found = {name for name in outputs if name.endswith(_NEXT)}
+        found = {name for name in made if name.endswith(_NEXT)}
         if expected != found:
-            raise self._broken(f"state and its successors differ: {', '.join(sorted(expected ^ found))}")
+            raise self._broken(f"I1: state and its successors differ: {', '.join(sorted(expected ^ found))}")
         for name in self._state:
-            if inputs[name].shape != outputs[name + _NEXT].shape or inputs[name].type != outputs[name + _NEXT].type:
-                raise self._broken(f"{name} and {name}{_NEXT} differ in shape or dtype")
+            if inputs[name] != made[name + _NEXT]:
+                raise self._broken(f"I1: {name} and {name}{_NEXT} differ in shape or dtype")
         table = {self._bundle.tensors[name].graph_name: self._bundle.tensors[name] for name in self._program.reads}
         for name, entry in table.items():
-            if name in inputs and list(entry.shape) != list(inputs[name].shape):
-                raise self._broken(f"{name} is {inputs[name].shape} in the graph and {list(entry.shape)} in the table")
+            if name in inputs and entry.shape != inputs[name][1]:
+                raise self._broken(
+                    f"I4: {name} is {list(inputs[name][1])} in the graph and {list(entry.shape)} in the table"
+                )
         for name in inputs:
             if name.startswith("d.") and name != WEIGHT and name not in self._fields:
                 raise self._broken(f"the graph reads {name}, which is no field of the bundle")
-            if not name.startswith(("d.", "h.", "p0.", "c.")) and not _STATE.fullmatch(name):
+            if name.startswith((*_GIVEN, "a.")) and name not in table:
+                raise self._broken(f"I4: the graph reads {name}, which is no tensor of the program")
+            if not name.startswith(("d.", "f.", "r.", "h.", "p0.", "c.")) and not _STATE.fullmatch(name):
                 raise self._broken(f"this version cannot fill the graph's input {name}: upgrade edgewise")
         missing = [name for name in table if name not in inputs]
         if missing:
-            raise self._broken(f"the step does not read {missing[0]}")
+            raise self._broken(f"I4: the step does not read {missing[0]}")
 
-    def _fill(self, inputs: Mapping[str, Any], start: Tensors) -> tuple[dict[str, Array], dict[str, Array]]:
+    def _fill(
+        self, inputs: Mapping[str, tuple[str, tuple[int | str, ...]]], start: Tensors
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
         """Two sets of state buffers; the first holds the start values of step-graphs.md, section 2.2."""
         given = _by_graph_name(self._bundle, self._program, start, [n for n in inputs if n.startswith(_GIVEN)])
         first: dict[str, Array] = {}
@@ -277,27 +390,72 @@ class Stepper:
             elif kind == "e":
                 first[name] = np.array(given[f"p.{tensor}"], order="C")
             else:
-                dtype = np.float64 if inputs[name].type == "tensor(double)" else np.float32
-                first[name] = np.zeros([int(size) for size in inputs[name].shape], dtype)
+                dtype, shape = inputs[name]
+                first[name] = np.zeros([int(size) for size in shape], _DTYPES[dtype])
         return first, {name: np.empty_like(value) for name, value in first.items()}
 
-    def _constants(self, inputs: Mapping[str, Any], start: Tensors) -> dict[str, Array]:
+    def _constant_tensors(
+        self, inputs: Mapping[str, tuple[str, tuple[int | str, ...]]], start: Tensors
+    ) -> dict[str, Array]:
         names = [name for name in inputs if name.startswith((*_GIVEN, "p0.")) and name not in self._state]
         return {name: np.array(start[name.split(".", 1)[1]], order="C") for name in names}
 
     def _bind(
-        self, session: onnxruntime.InferenceSession, side: int, constants: Mapping[str, Array]
+        self, session: onnxruntime.InferenceSession, side: int, more: Mapping[str, Array] | None = None
     ) -> onnxruntime.IOBinding:
+        """All that a graph reads and writes but the data: state of this side in, of the other side out; `more` first."""
         binding = session.io_binding()
-        old, new = self._buffers[side], self._buffers[1 - side]
         hyper = {f"h.{name}": value for name, value in self._hyper.items()}
-        for name, value in {**old, **constants, **hyper}.items():
-            binding.bind_ortvalue_input(name, _shared(value))
-        for name, value in self._results.items():
-            binding.bind_ortvalue_output(name, _shared(value))
-        for name, value in new.items():
-            binding.bind_ortvalue_output(name + _NEXT, _shared(value))
+        given = {**self._buffers[side], **self._constants, **hyper, **(more or {})}
+        new = {name + _NEXT: value for name, value in self._buffers[1 - side].items()}
+        made = {**self._results, **new, **(more or {})}
+        for name, _, _ in inputs_of(session):
+            if name in given:
+                binding.bind_ortvalue_input(name, shared(given[name]))
+        for name, _, _ in outputs_of(session):
+            binding.bind_ortvalue_output(name, shared(made[name]))
         return binding
+
+    # Batches in parts.
+
+    def _largest_batch(self) -> int | None:
+        """The most samples that go through a step at once, None where the program knows no other way."""
+        if self._program.gradients is None or self._program.apply is None:
+            return None
+        limits = [self._program.batch_largest] if self._program.batch_largest is not None else []
+        each = float(self._program.cost.get("step_bytes_per_sample", 0))
+        if self._profile.memory_bytes is not None and each > 0:
+            limits.append(max(1, self._program.batch_minimum, int(self._profile.memory_bytes / each)))
+        return min(limits, default=None)
+
+    def _opened_halves(self) -> _Halves:
+        assert self._program.gradients is not None
+        assert self._program.apply is not None
+        first, second = (
+            open_session(self._bundle.file(name), self._profile)
+            for name in (self._program.gradients, self._program.apply)
+        )
+        state = {name: self._buffers[0][name].shape for name in self._state}
+        made = {name: shape for name, _, shape in outputs_of(first)}
+        wanted = {name for name, _, _ in inputs_of(second) if name.startswith("grad.")}
+        if wanted != {name for name in made if name.startswith("grad.")} or not self._results.keys() <= made.keys():
+            raise self._broken(f"I1: {self._program.gradients} and {self._program.apply} do not fit each other")
+        for name in wanted:
+            if made[name] != state.get(f"p.{name.removeprefix('grad.')}"):
+                raise self._broken(f"I1: {name} has not the shape of its tensor")
+        if {name for name, _, _ in outputs_of(second)} != {name + _NEXT for name in self._state}:
+            raise self._broken(f"I1: {self._program.apply} does not write the state")
+        shapes = {name: [int(size) for size in shape] for name, shape in made.items()}
+        parts = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        totals = {name: np.zeros(shapes[name], np.float32) for name in sorted(wanted)}
+        return _Halves(
+            first,
+            second,
+            parts,
+            totals,
+            [self._bind(first, side, parts) for side in (0, 1)],
+            [self._bind(second, side, totals) for side in (0, 1)],
+        )
 
     def _checked(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         absent = [name for name in self._data if name not in batch]
@@ -343,16 +501,16 @@ class Stepper:
         )
 
 
-def _give_back() -> None:
-    """Return freed memory to the system: glibc keeps what a closed session used, in pieces, for the next one."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none and need none
-    if trim is not None:
-        trim(0)
+@dataclass
+class _Halves:
+    """The step in two: sessions, the gradients of one part, their weighted sums, bindings for each side of the state."""
 
-
-def _shared(value: Array) -> onnxruntime.OrtValue:
-    """An OrtValue on the array's own memory."""
-    return onnxruntime.OrtValue.ortvalue_from_numpy(value)
+    gradients_session: onnxruntime.InferenceSession
+    apply_session: onnxruntime.InferenceSession
+    parts: dict[str, Array]
+    totals: dict[str, Array]
+    gradients: list[onnxruntime.IOBinding]
+    apply: list[onnxruntime.IOBinding]
 
 
 def _by_graph_name(bundle: Bundle, program: Program, tensors: Tensors, wanted: list[str]) -> dict[str, Array]:

@@ -20,13 +20,14 @@ import numpy as np
 from edge_sdk.bundle import Bundle, Program
 from edge_sdk.draws import Draws
 from edge_sdk.errors import TaskError
-from edge_sdk.runtime import RuntimeProfile, Stepper, StepResult
+from edge_sdk.runtime import RuntimeProfile, StepInterrupted, Stepper, StepResult
 from edge_sdk.samples import Ids, SampleStore
 from edge_sdk.tensors import Array, Tensors
 from edge_sdk.update import Encoding, encode_update
 
 log = logging.getLogger(__name__)
 
+_MARGIN = 4.0  # longest steps that must be left of the time, or the step is watched
 THERMAL_ZONES = Path("/sys/class/thermal")
 
 
@@ -80,8 +81,9 @@ def run_task(
     """Train, or count, as `spec` says.
 
     `start` holds the task's starting tensors by table name. After `seconds` of stepping the task ends early with what it
-    has. `on_step` gets each result, the number of the step and how many there will be. Raises `TaskError` when the
-    device cannot do the task, or no longer, and `TaskCancelled` from `before_step`.
+    has; a step that would go on for longer is ended and left out. `on_step` gets each result, the number of the step and how
+    many there will be. Raises `TaskError` when the device cannot do the task, or no longer, and `TaskCancelled` from
+    `before_step`.
     """
     program = bundle.program(spec.program)
     pool = _Pool(samples, _eligible(bundle, program, samples), program)
@@ -97,10 +99,20 @@ def run_task(
             if ids is None:
                 break
             began = time.perf_counter()
-            batch = pool.read(ids)
+            stored, batch = pool.read(ids)
             if batch is None:
                 continue
-            results.append(stepper.step(batch, hyper))
+            left = None if seconds is None or program.accumulates else seconds - spent
+            # Most steps are far from the limit, and a watch for each would cost more than it saves.
+            watched = left is not None and left < _MARGIN * max((result.seconds for result in results), default=left)
+            try:
+                result = stepper.step(batch, hyper, ids=stored, seconds=left if watched or not results else None)
+            except StepInterrupted:
+                if not results:
+                    raise
+                log.info("task of %s ends within step %d: %s s are used up", program.id, len(results) + 1, seconds)
+                break
+            results.append(result)
             spent += time.perf_counter() - began
             on_step(results[-1], len(results), total)
             if seconds is not None and spent >= seconds and len(results) < total and not program.accumulates:
@@ -159,13 +171,13 @@ class _Pool:
             )
         return ids[ids >= oldest]
 
-    def read(self, ids: Ids) -> dict[str, Array] | None:
-        """A batch of those that are still stored, None if too few are for a step."""
+    def read(self, ids: Ids) -> tuple[Ids, dict[str, Array] | None]:
+        """Those that are still stored, and their batch: None if too few are for a step."""
         stored, batch = self._samples.read_stored(ids)
         if len(stored) < self._program.batch_minimum:
-            return None
+            return stored, None
         self._used.update(stored.tolist())
-        return batch
+        return stored, batch
 
 
 def _eligible(bundle: Bundle, program: Program, samples: SampleStore) -> Ids:

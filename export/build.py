@@ -25,7 +25,8 @@ from edge_sdk.keys import SigningKey
 from edge_sdk.runtime import Predictor, Stepper
 from edge_sdk.tensors import Array, digest, pack
 from edge_sdk.update import max_update_bytes
-from export.cost import flops_per_sample
+from export.cost import flops_per_sample, peak_bytes
+from export.cut import Features
 from export.errors import ContractError, SpecError, UnsupportedModel
 from export.forward import static_tail, trainable_constants
 from export.graph import array_of, clone, dims
@@ -58,24 +59,34 @@ _ID_LIMIT = 64  # of a program id in a task
 
 @dataclass(frozen=True)
 class ProgramSpec:
-    """One program to build: scope and its options, precision of the frozen part, optimizer, default batch size."""
+    """One program to build: scope and its options, precision of the frozen part, optimizer, default batch size.
+
+    `accumulate`: also write what a device needs to train on larger batches in parts; `largest`: the most samples that
+    go through a step at once there (default: `batch`).
+    """
 
     scope: str
     options: Mapping[str, Any] = field(default_factory=dict)
     precision: str = "int8"
     optimizer: str = "adamw"
     batch: int = 32
+    accumulate: bool = False
+    largest: int | None = None
 
 
 @dataclass(frozen=True)
 class ProgramReport:
-    """What was built: id, trained tensors and their parameters, nodes of the step graph, bytes, proof, seconds."""
+    """What was built: id, trained tensors and their parameters, nodes of the step graph, bytes, proof, CPU seconds.
+
+    `features`: what the frozen prefix hands to the step, 0 bytes of a sample where there is none.
+    """
 
     id: str
     parameters: int
     trained: tuple[str, ...]
     nodes: int
     step_bytes: int
+    features: Features
     proof: Proof
     seconds: float
 
@@ -138,6 +149,8 @@ def build_bundle(
     trains. `classes` names the labels. Raises `ExportError`; nothing is written then.
     """
     path = Path(path)
+    if not path.absolute().parent.is_dir():
+        raise SpecError(f"{path}: its folder does not exist")
     loss_rule = loss_named(loss)
     x, y = _checked_example(example, loss_rule)
     if not programs:
@@ -173,6 +186,7 @@ def build_bundle(
             trained=tuple(t.name for t in entry.trainables),
             nodes=entry.graphs.step.graph.num_nodes(),
             step_bytes=len(files[_file(entry.id, "step")]),
+            features=entry.graphs.features,
             proof=entry.proof,
             seconds=round(entry.seconds, 3),
         )
@@ -212,11 +226,15 @@ def _read(model: nn.Module | Path | str, x: Array) -> _Source:
 def _build_program(
     source: _Source, spec: ProgramSpec, name: str, loss: str, example: tuple[Array, Array], seed: int
 ) -> _Built:
-    began = time.perf_counter()
+    began = time.process_time()
     if spec.precision not in PRECISIONS:
         raise SpecError(f"precision {spec.precision!r} is unknown; there are {', '.join(PRECISIONS)}")
     if type(spec.batch) is not int or spec.batch < 1:
         raise SpecError(f"batch = {spec.batch!r} must be a whole number of 1 or more")
+    if spec.largest is not None and (type(spec.largest) is not int or spec.largest < 1 or not spec.accumulate):
+        raise SpecError(
+            f"largest = {spec.largest!r} must be a whole number of 1 or more, of a program with accumulate = true"
+        )
     scope = scope_named(spec.scope, spec.options)
     optimizer = optimizer_named(spec.optimizer)
     ids = [
@@ -231,11 +249,11 @@ def _build_program(
     applied = scope.apply(forward, source.parameters, seed)
     dequantized = quantize_weights(forward) if spec.precision == "int8" else {}
     loss_rule = loss_named(loss)
-    graphs = build_graphs(forward, applied.trainables, loss_rule, optimizer, ids[0])
+    graphs = build_graphs(forward, applied.trainables, loss_rule, optimizer, ids[0], example[0], applied.constants)
     given = proof_constants(applied.constants, seed)
     proved = with_constants(forward, given)
     gradients = gradients_graph(proved, applied.trainables, loss_rule, ids[0])
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     oracle: Oracle
     if source.module is None:
         oracle = CentralDifferences(loss_graph(proved, loss_rule), gradients, seed)
@@ -278,10 +296,13 @@ def _assemble(
                     f"tensor {row['name']!r} would differ between two programs of one bundle ({entry.id} and another): "
                     "build them into bundles of their own"
                 )
-    kinds = [(entry, kind) for entry in built for kind in ("infer", "step", "evaluate")]
-    models = [getattr(entry.graphs, kind) for entry, kind in kinds]
-    graphs, content = write_graphs(models, weights)
-    files = {_file(entry.id, kind): data for (entry, kind), data in zip(kinds, graphs, strict=True)}
+    models = {
+        _file(entry.id, kind): model
+        for entry in built
+        for kind, model in entry.graphs.files(accumulate=entry.spec.accumulate).items()
+    }
+    graphs, content = write_graphs(list(models.values()), weights)
+    files = dict(zip(models, graphs, strict=True))
     files["weights.safetensors"] = content
     rows = list(table.values())
     output = built[0].graphs.infer.graph.outputs[0]
@@ -298,7 +319,7 @@ def _assemble(
         "classes": classes,
         "tensors": rows,
         "programs": [row for entry in built for row in _program_rows(entry, loss)],
-        "report": {"operators": sorted({op for model in models for op in operators(model)})},
+        "report": {"operators": sorted({op for model in models.values() for op in operators(model)})},
     }
     return manifest, files
 
@@ -343,7 +364,10 @@ def _program_rows(entry: _Built, loss: Loss) -> list[dict[str, Any]]:
     counted = [4 * int(np.prod(held.shape)) for held in entry.graphs.accumulators]
     up = len(pack({t.name: t.value for t in entry.trainables}))
     down = len(pack({t.name: t.value for t in (*entry.trainables, *entry.constants)}))
-    common = {
+    features = entry.graphs.features
+    prefix = entry.graphs.prefix
+    frozen_flops = 0.0 if prefix is None else flops_per_sample(prefix)
+    common: dict[str, Any] = {
         "precision": entry.spec.precision,
         "stage": 0,
         "width": 1.0,
@@ -351,11 +375,25 @@ def _program_rows(entry: _Built, loss: Loss) -> list[dict[str, Any]]:
         "batch": {"default": entry.spec.batch, "minimum": 1},
         "partial_batch": "mask",
         "constants": [t.name for t in entry.constants],
-        "features": {"cacheable": False, "reason": "no frozen prefix"},
+        "prefix": [] if prefix is None else [{"file": _file(entry.id, "prefix"), "weight": 1.0}],
+        "features": {
+            "cacheable": features.cacheable,
+            "reason": features.reason,
+            "bytes": features.bytes,
+            "dtype": features.dtype,
+        },
     }
+    parts: dict[str, Any] = {}
+    if entry.spec.accumulate:
+        parts = {
+            "gradients": _file(entry.id, "gradients"),
+            "apply": _file(entry.id, "apply"),
+            "batch": {**common["batch"], "largest": entry.spec.largest or entry.spec.batch},
+        }
     return [
         {
             **common,
+            **parts,
             "id": entry.id,
             "scope": entry.spec.scope,
             "factors": entry.scope.factors,
@@ -369,7 +407,11 @@ def _program_rows(entry: _Built, loss: Loss) -> list[dict[str, Any]]:
             "cost": {
                 "bytes_up": up,
                 "bytes_down": down,
-                "step_flops": flops_per_sample(entry.graphs.step) * entry.spec.batch,
+                "step_flops": (frozen_flops + flops_per_sample(entry.graphs.step)) * entry.spec.batch,
+                "prefix_flops": frozen_flops * entry.spec.batch,
+                "feature_bytes": features.bytes,
+                "step_bytes_per_sample": (peak_bytes(entry.graphs.step, 2000) - peak_bytes(entry.graphs.step, 1000))
+                // 1000,
                 "infer_flops": flops_per_sample(entry.graphs.infer),
                 "state_bytes": 2 * state,
             },

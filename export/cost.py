@@ -42,3 +42,26 @@ def _sizes(value: ir.Value) -> tuple[int, ...]:
 
 def _elements(value: ir.Value) -> int:
     return math.prod(_sizes(value))
+
+
+def peak_bytes(model: ir.Model, batch: int) -> int:
+    """Bytes of the intermediate values that live at once, when the graph runs node by node; constants do not count.
+
+    What the runtime needs beside that, such as the working memory of a convolution, is not known here.
+    """
+    nodes = list(model.graph)
+    last = {value: index for index, node in enumerate(nodes) for value in node.inputs if value is not None}
+    live, peak = 0, 0
+    for index, node in enumerate(nodes):
+        live += sum(_bytes(value, batch) for value in node.outputs if value in last)
+        peak = max(peak, live)
+        freed = {value for value in node.inputs if value is not None and value.producer() is not None}
+        live -= sum(_bytes(value, batch) for value in freed if last[value] == index)
+    return peak
+
+
+def _bytes(value: ir.Value, batch: int) -> int:
+    if value.shape is None:
+        return 0
+    width = 4 if value.dtype is None else math.ceil(value.dtype.itemsize)
+    return width * math.prod(size_at(size, batch) for size in dims(value))

@@ -4,7 +4,8 @@
     adamw    m' = b1 m + (1 - b1) g          v' = b2 v + (1 - b2) g^2
              p' = p (1 - eta lambda) - eta (m' / (1 - b1^t)) / (sqrt(v' / (1 - b2^t)) + eps)     (0.9, 0.999, 1e-8; t = h.step)
 
-AdamW: Loshchilov and Hutter, arXiv 1711.05101.
+AdamW: Loshchilov and Hutter, arXiv 1711.05101. Its slots hold m / (1 - b1) and v / (1 - b2): the same update in 11 passes over
+the tensor instead of 15.
 
 `sgd+prox` and `adamw+prox` add mu (p - p0) to the gradient first, mu = h.proximal (0: off) and p0 the start of the task:
 FedProx, Li et al., arXiv 1812.06127, equation 2. One graph serves every mu.
@@ -56,11 +57,14 @@ def _adamw(
     b: Builder, p: ir.Value, g: ir.Value, slots: Sequence[ir.Value], hyper: Mapping[str, ir.Value]
 ) -> tuple[ir.Value, tuple[ir.Value, ...]]:
     step = b.op("Cast", hyper["step"], to=ir.DataType.FLOAT.value)
-    first = b.op("Add", b.op("Mul", slots[0], _BETA1), b.op("Mul", g, 1 - _BETA1))
-    second = b.op("Add", b.op("Mul", slots[1], _BETA2), b.op("Mul", b.op("Mul", g, g), 1 - _BETA2))
-    unbiased = b.op("Div", first, b.op("Sub", 1.0, b.op("Pow", _BETA1, step)))
-    spread = b.op("Sqrt", b.op("Div", second, b.op("Sub", 1.0, b.op("Pow", _BETA2, step))))
-    move = b.op("Mul", hyper["lr"], b.op("Div", unbiased, b.op("Add", spread, _EPSILON)))
+    first = b.op("Add", b.op("Mul", slots[0], _BETA1), g)
+    second = b.op("Add", b.op("Mul", slots[1], _BETA2), b.op("Mul", g, g))
+    # What is a number is worked out as one: a pass over a tensor costs more than all of these.
+    bias1 = b.op("Sub", 1.0, b.op("Pow", _BETA1, step))
+    bias2 = b.op("Sqrt", b.op("Div", b.op("Sub", 1.0, b.op("Pow", _BETA2, step)), 1 - _BETA2))
+    rate = b.op("Mul", hyper["lr"], b.op("Div", b.op("Mul", bias2, 1 - _BETA1), bias1))
+    spread = b.op("Add", b.op("Sqrt", second), b.op("Mul", bias2, _EPSILON))
+    move = b.op("Div", b.op("Mul", first, rate), spread)
     kept = b.op("Mul", p, b.op("Sub", 1.0, b.op("Mul", hyper["lr"], hyper["weight_decay"])))
     return b.op("Sub", kept, move), (first, second)
 

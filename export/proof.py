@@ -21,6 +21,7 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+from edge_sdk.sessions import FLOAT_PRODUCTS
 from edge_sdk.tensors import Array
 from export.errors import ProofFailed
 from export.scopes import Effective, Trainable
@@ -123,7 +124,7 @@ def _one_thread() -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # as on the device
+    options.add_session_config_entry(*FLOAT_PRODUCTS)
     return options
 
 

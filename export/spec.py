@@ -14,6 +14,8 @@
     precision = "int8"                         of the frozen part: "int8" | "float"
     optimizer = "adamw"                        "adamw" | "sgd", each also with "+prox" (FedProx)
     batch = 32                                 default batch size
+    accumulate = true                          optional: devices may train on larger batches, in parts of at most
+    largest = 32                               this many samples (default: batch); needs two more graphs
     rank = 4                                   further keys are options of the scope (lora: rank, alpha, targets; layer: modules)
 
 Paths are relative to the file; modules are looked for in its folder first.
@@ -50,7 +52,7 @@ _KEYS: Mapping[str, type | tuple[type, ...]] = {
     "program": list,
 }
 _REQUIRED = ("name", "model", "example", "loss", "program")
-_PROGRAM_KEYS = ("scope", "precision", "optimizer", "batch")
+_PROGRAM_KEYS = ("scope", "precision", "optimizer", "batch", "accumulate", "largest")
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,8 @@ def _program(row: Any, path: Path) -> ProgramSpec:
     if not isinstance(row, dict) or not isinstance(row.get("scope"), str):
         raise SpecError(f"{path}: every [[program]] names its scope")
     given = {key: row[key] for key in _PROGRAM_KEYS if key in row}
+    if not isinstance(given.get("accumulate", False), bool):
+        raise SpecError(f"{path}: accumulate = {given['accumulate']!r} must be true or false")
     return ProgramSpec(options={key: value for key, value in row.items() if key not in _PROGRAM_KEYS}, **given)
 
 
@@ -157,11 +161,15 @@ def _model(spec: Spec) -> Any:
     sys.path.insert(0, folder)
     try:
         make = getattr(importlib.import_module(module_name), function)
-    except (ImportError, AttributeError) as error:
-        raise SpecError(f"{spec.path}: model = {spec.model!r} cannot be imported: {error}") from error
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+        raise SpecError(f"{spec.path}: model = {spec.model!r} cannot be imported: {told}") from error
     finally:
         sys.path.remove(folder)
-    module = make()
+    try:
+        module = make()
+    except Exception as error:
+        raise SpecError(f"{spec.path}: {spec.model}() failed: {type(error).__name__}: {error}") from error
     if spec.weights is not None:
         from safetensors import SafetensorError
         from safetensors.torch import load_file

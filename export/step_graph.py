@@ -1,4 +1,4 @@
-"""Assembles the graphs of a program from a forward graph: `infer`, `step`, `gradients` and `evaluate`.
+"""Assembles the graphs of a program from a forward graph: `infer`, `prefix`, `step`, `evaluate`, `gradients`, `apply`.
 
 The contract of names, order, types and versions is step-graphs.md, section 2; `check_contract` is what the writer relies
 on.
@@ -7,13 +7,15 @@ on.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from edge_sdk.tensors import Array
+from export.cut import NOTHING_FROZEN, Cut, Features, cut
 from export.decompose import decompose
 from export.errors import ContractError
 from export.gradients import differentiate
@@ -31,18 +33,43 @@ INPUTS_LIMIT = 4_096
 
 @dataclass(frozen=True)
 class Graphs:
-    """The graphs of one program that trains, and of the one that evaluates it."""
+    """The graphs of one program that trains, and of the one that evaluates it.
+
+    `prefix` is None where nothing is frozen below the trained tensors; `step` and `evaluate` read its features.
+    `gradients` and `apply` are `step` in two, for batches that do not fit at once.
+    """
 
     infer: ir.Model
+    prefix: ir.Model | None
     step: ir.Model
     evaluate: ir.Model
+    gradients: ir.Model
+    apply: ir.Model
     accumulators: tuple[Accumulator, ...]
+    features: Features
+
+    def files(self, *, accumulate: bool) -> dict[str, ir.Model]:
+        """The graphs that a bundle holds, by kind."""
+        found = {"infer": self.infer, "step": self.step, "evaluate": self.evaluate}
+        if self.prefix is not None:
+            found["prefix"] = self.prefix
+        return {**found, "gradients": self.gradients, "apply": self.apply} if accumulate else found
 
 
 def build_graphs(
-    forward: ir.Model, trainables: Sequence[Trainable], loss: Loss, optimizer: Optimizer, program_id: str
+    forward: ir.Model,
+    trainables: Sequence[Trainable],
+    loss: Loss,
+    optimizer: Optimizer,
+    program_id: str,
+    example: Array | None = None,
+    constants: Sequence[Trainable] = (),
 ) -> Graphs:
-    """All graphs of a program from `forward` (`d.x`, `p.*` in; one output). Raises `ExportError`."""
+    """All graphs of a program from `forward` (`d.x`, `p.*` in; one output). Raises `ExportError`.
+
+    `example`: of `d.x` `[n, *shape]`, by which the frozen part is tried for what may be kept of it; without one nothing is
+    cut off. `constants`: further inputs, which are given with the start and do not train.
+    """
     names = [trainable.name for trainable in trainables]
     accumulators: list[Accumulator] = []
 
@@ -55,14 +82,21 @@ def build_graphs(
 
     infer = clone(forward)
     infer.graph.outputs[0].name = "y.0"
+    parts = Cut(None, forward, NOTHING_FROZEN) if example is None else cut(forward, example)
     graphs = Graphs(
         infer=_finished(infer, program_id),
-        step=_with_loss(forward, loss, step, program_id),
-        evaluate=_with_loss(forward, loss, accumulate, program_id),
+        prefix=None if parts.prefix is None else _finished(parts.prefix, program_id),
+        step=_with_loss(parts.rest, loss, step, program_id),
+        evaluate=_with_loss(parts.rest, loss, accumulate, program_id),
+        gradients=gradients_graph(parts.rest, trainables, loss, program_id),
+        apply=_finished(_apply(trainables, optimizer), program_id),
         accumulators=tuple(accumulators),
+        features=parts.features,
     )
-    for model in (graphs.infer, graphs.step, graphs.evaluate):
-        check_contract(model, program_id)
+    for model in graphs.files(accumulate=True).values():
+        check_contract(model, program_id, rests=[t.graph_name for t in constants])
+    table = {t.graph_name: t.value.shape for t in (*trainables, *constants)}
+    check_program(graphs, table, program_id)
     return graphs
 
 
@@ -103,6 +137,17 @@ def loss_graph(forward: ir.Model, loss: Loss) -> ir.Model:
     value = loss.build(b, output, target, weight)
     model.graph.outputs[:] = [_scalar(value)]
     return _finished(model, "loss")
+
+
+def _apply(trainables: Sequence[Trainable], optimizer: Optimizer) -> ir.Model:
+    """`p.*`, `grad.*`, slots and hyper-parameters in, the new state out: the optimizer alone."""
+    model = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name="apply"), ir_version=IR_VERSION)
+    b = Builder(model.graph)
+    tensors = [b.input(f"p.{t.name}", "float32", t.value.shape) for t in trainables]
+    found = [b.input(f"grad.{t.name}", "float32", t.value.shape) for t in trainables]
+    _, outputs = append_optimizer(b, optimizer, dict(zip(tensors, found, strict=True)))
+    model.graph.outputs.extend(outputs)
+    return model
 
 
 def _with_loss(
@@ -154,7 +199,7 @@ def _accumulate(
     return found
 
 
-_ORDER = ("d", "f", "r", "p", "s", "e", "n", "a", "p0", "c", "h")
+_ORDER = ("d", "f", "r", "grad", "p", "s", "e", "n", "a", "p0", "c", "h")
 
 
 def _finished(model: ir.Model, program_id: str) -> ir.Model:
@@ -189,26 +234,78 @@ def _table_name(p: ir.Value) -> str:
     return str(p.name).removeprefix("p.")
 
 
-def check_contract(model: ir.Model, program_id: str) -> None:
-    """I1, I9 and I13 of step-graphs.md, section 2.6. Raises `ContractError` naming invariant and value."""
+_STATE = re.compile(r"(p|s\d+|e|n|a)\.[A-Za-z0-9_.]+")
+_NAME = re.compile(r"(d|f|r|grad|p|s\d+|e|n|a|p0|c|h)\.[A-Za-z0-9_.]+")
+
+
+def check_contract(model: ir.Model, program_id: str, rests: Collection[str] = ()) -> None:
+    """Names, I1, I9 and I13 of step-graphs.md, section 2, for one graph. Raises `ContractError` naming invariant and value.
+
+    `rests`: inputs of a class of state that are given and stay as they are.
+    """
     graph = model.graph
-
-    def broken(invariant: str, finding: str) -> ContractError:
-        return ContractError(f"{program_id}: {invariant}: {finding}")
-
     for node in graph:
         if node.domain not in ("", "ai.onnx"):
-            raise broken("I9", f"node {node.name!r} is {node.domain}::{node.op_type}, no standard operator")
+            raise _broken(
+                program_id, "I9", f"node {node.name!r} is {node.domain}::{node.op_type}, no standard operator"
+            )
     if graph.num_nodes() > NODES_LIMIT or len(graph.inputs) > INPUTS_LIMIT:
-        raise broken("I13", f"{graph.num_nodes()} nodes, {len(graph.inputs)} inputs")
+        raise _broken(program_id, "I13", f"{graph.num_nodes()} nodes, {len(graph.inputs)} inputs")
     inputs = {str(value.name): value for value in graph.inputs}
-    for output in graph.outputs:
-        name = str(output.name)
-        if not name.endswith(".next"):
-            continue
+    for name in inputs:
+        if not _NAME.fullmatch(name) or name.endswith(".next"):
+            raise _broken(program_id, "2.2", f"an input is called {name!r}")
+    new = {str(value.name): value for value in graph.outputs if str(value.name).endswith(".next")}
+    for name, output in new.items():
         state = inputs.get(name.removesuffix(".next"))
         if state is None or dims(state) != dims(output) or state.dtype != output.dtype:
-            raise broken("I1", f"{name} has no input of its shape and dtype")
+            raise _broken(program_id, "I1", f"{name} has no input of its shape and dtype")
+    # A graph that writes accumulators only reads all other tensors as constants; one that writes nothing is no step.
+    written = {name.split(".", 1)[0] for name in new}
+    for name in inputs if written else ():
+        held = _STATE.fullmatch(name)
+        if (
+            name not in rests
+            and held is not None
+            and (held[1] == "a" or written != {"a"})
+            and f"{name}.next" not in new
+        ):
+            raise _broken(program_id, "I1", f"{name} has no output {name}.next")
+
+
+def check_program(graphs: Graphs, table: Mapping[str, tuple[int, ...]], program_id: str) -> None:
+    """I4 and I7: the graphs of a program agree with the tensor table and with each other. Raises `ContractError`.
+
+    `table`: the shape of every tensor that trains or is given with the start, by graph name.
+    """
+    for kind, model in graphs.files(accumulate=True).items():
+        for value in model.graph.inputs:
+            name = str(value.name)
+            if name.startswith(("p.", "n.", "c.")) and table.get(name) != dims(value):
+                raise _broken(
+                    program_id, "I4", f"{name} of {kind} is {list(dims(value))}, the table has {table.get(name)}"
+                )
+    read_by_step = {str(value.name) for value in graphs.step.graph.inputs}
+    for name in table:
+        if name not in read_by_step:
+            raise _broken(program_id, "I4", f"the step does not read {name}")
+    made = {} if graphs.prefix is None else {str(value.name): value for value in graphs.prefix.graph.outputs}
+    for kind, model in {"step": graphs.step, "evaluate": graphs.evaluate, "gradients": graphs.gradients}.items():
+        read = {str(value.name): value for value in model.graph.inputs if str(value.name).startswith("f.")}
+        for name in sorted(read.keys() - made.keys() if kind != "step" else read.keys() ^ made.keys()):
+            raise _broken(program_id, "I7", f"{name} is not both made by the prefix and read by {kind}")
+        for name, value in read.items():
+            if dims(value) != dims(made[name]) or value.dtype != made[name].dtype:
+                raise _broken(
+                    program_id,
+                    "I7",
+                    f"{name} of {kind} is {value.dtype} {list(dims(value))}, "
+                    f"of the prefix {made[name].dtype} {list(dims(made[name]))}",
+                )
+
+
+def _broken(program_id: str, invariant: str, finding: str) -> ContractError:
+    return ContractError(f"{program_id}: {invariant}: {finding}")
 
 
 def operators(model: ir.Model) -> list[str]:

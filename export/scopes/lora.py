@@ -3,7 +3,8 @@
     y = W x + s B A x        A [r, n] = lora_a,  B [m, r] = lora_b,  s = alpha / r
 
 A convolution's weight [m, c, k...] counts as [m, c k...]: A is a convolution with r channels, B one of kernel size 1. With
-groups the product is added to the weight itself. A ~ U(-sqrt(3 / n), sqrt(3 / n)), B = 0, so that a new adapter changes
+groups the product is added to the weight itself. Of torch's attention, whose three projections are one weight, `q_proj`,
+`k_proj` and `v_proj` are layers of their own. A ~ U(-sqrt(3 / n), sqrt(3 / n)), B = 0, so that a new adapter changes
 nothing. Adapters are float32 and outside every quantizer; the scale stands in the tensor table and nowhere else.
 
 One factor may rest: it is then a constant that comes with the start of a task. So is the side term `L Q`, which the gateway
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,16 +30,27 @@ from export.graph import Builder, attribute, dims, static
 from export.scopes import Applied, Trainable
 from export.shapes import infer_shapes
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class _Layer:
-    """A node with a frozen weight: `shape` (m, n); `weight` is the constant, `transposed` when it is stored as [n, m]."""
+    """A node with a frozen weight: `shape` (m, n); `weight` is the constant, `transposed` when it is stored as [n, m].
+
+    The projections of torch's own attention are one weight [3 m, n]; each is a layer, `first` its first row.
+    """
 
     name: str
     node: ir.Node
     weight: ir.Value
     shape: tuple[int, int]
     transposed: bool
+    first: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Of the weight, which may hold more than this layer."""
+        return self.shape[0] if self.transposed else static(self.weight)[0]
 
 
 @dataclass(frozen=True)
@@ -101,6 +114,11 @@ class LoraScope:
         trainables: list[Trainable] = []
         constants: list[Trainable] = []
         for layer in chosen:
+            m, n = layer.shape
+            if self.rank * (m + n) >= m * n:
+                log.warning(
+                    "%s: an adapter of rank %d saves nothing over the weight [%d, %d]", layer.name, self.rank, m, n
+                )
             a, b = self._factors(layer, seed)
             for part, held in (("a", a), ("b", b)):
                 (trainables if part in self.factors else constants).append(held)
@@ -148,6 +166,10 @@ class LoraScope:
         terms = [(self._input(b, b_side), self._input(b, a_side), self.scale)]
         if side:
             terms.append((self._input(b, side[0]), self._input(b, side[1]), 1.0))
+        if layer.rows > layer.shape[0]:
+            after = layer.rows - layer.first - layer.shape[0]
+            pads = b.ints(layer.first, 0, after, 0)
+            terms = [(b.op("Pad", left, pads), right, scale) for left, right, scale in terms]
         if node.op_type == "Conv" and attribute(node, "group", 1) != 1:
             weight = layer.weight
             for left, right, scale in terms:
@@ -174,17 +196,22 @@ class LoraScope:
         return b.input(held.graph_name, "float32", held.value.shape)
 
     def _effective(self, layers: Sequence[_Layer]) -> Any:
-        facts = [(layer, str(layer.weight.name)) for layer in layers]  # the graph may rename the weight later
+        # The graph may rename the weight later, or take its shape away.
+        facts = [(layer, str(layer.weight.name), layer.rows) for layer in layers]
 
         def effective(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
             held = {**frozen, **trained}
-            values = {}
-            for layer, weight in facts:
+            values: dict[str, Any] = {}
+            for layer, weight, rows in facts:
                 product = (held[self._named(layer, "lora_b")] @ held[self._named(layer, "lora_a")]) * self.scale
                 if self.side_rank:
                     product = product + held[f"{layer.name}.side_l"] @ held[f"{layer.name}.side_q"]
-                original = held[weight]
-                values[weight] = original + (product.T if layer.transposed else product.reshape(original.shape))
+                original = values.get(weight, held[weight])
+                if rows > layer.shape[0]:
+                    values[weight] = original * 1
+                    values[weight][layer.first : layer.first + layer.shape[0]] += product
+                else:
+                    values[weight] = original + (product.T if layer.transposed else product.reshape(original.shape))
             return values
 
         return effective
@@ -216,6 +243,7 @@ def _thin(b: Builder, layer: _Layer, left: ir.Value, right: ir.Value, scale: flo
     raise UnsupportedModel(f"node {node.name!r} (Gemm with transA = 1) takes no adapter")
 
 
+_PACKED = "in_proj_weight"  # of torch.nn.MultiheadAttention: q, k and v below one another
 _GEOMETRY = ("strides", "pads", "dilations", "kernel_shape", "auto_pad")
 
 
@@ -242,5 +270,11 @@ def _layers(graph: ir.Graph, parameters: Sequence[str]) -> list[_Layer]:
         name = re.sub(r"[^A-Za-z0-9_.]", "_", str(source.name).removesuffix(".weight"))
         if any(layer.weight is source for layer in layers):
             raise UnsupportedModel(f"weight {source.name!r} is used by two nodes: a shared weight takes no adapter")
+        if name.endswith(_PACKED) and not transposed and shape[0] % 3 == 0:
+            m = shape[0] // 3
+            stem = name.removesuffix(_PACKED)
+            parts = enumerate(("q_proj", "k_proj", "v_proj"))
+            layers += [_Layer(f"{stem}{part}", node, source, (m, shape[1]), False, i * m) for i, part in parts]
+            continue
         layers.append(_Layer(name, node, source, shape, transposed))
     return layers

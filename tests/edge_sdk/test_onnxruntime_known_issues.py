@@ -18,12 +18,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from edge_sdk.bundle import Bundle
+from edge_sdk.errors import BundleError
 from edge_sdk.runtime import RuntimeProfile, Stepper, open_session
 from export import torch_import
 from export.writer import write_archive
@@ -163,6 +165,21 @@ def test_our_sessions_do_not_ask_for_the_slow_kernels(tmp_path: Path) -> None:
         session.get_session_options().get_session_config_entry(INT8_ALLOWED)
 
 
+def test_a_product_with_a_dequantized_weight_rounds_its_other_factor_unless_told_not_to(tmp_path: Path) -> None:
+    g = Graph()
+    draw = np.random.default_rng(0)
+    codes, scales = draw.integers(-127, 128, (16, 12)).astype(np.int8), draw.uniform(0.01, 0.02, 12).astype(np.float32)
+    g.op("Gemm", "d.x", g.op("DequantizeLinear", g.const(codes), g.const(scales), axis=1), to="y")
+    path = g.save(tmp_path / "probe.onnx", {"d.x": ["batch", 16]}, {"y": ["batch", 12]})
+    x = draw.normal(size=(3, 16)).astype(np.float32)
+    exact = x.astype(np.float64) @ (codes * scales).astype(np.float64)
+    by_default = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"d.x": x})[0]
+    ours = open_session(path, RuntimeProfile()).run(None, {"d.x": x})[0]
+    largest = np.abs(exact).max()
+    assert np.abs(by_default - exact).max() > 1e-4 * largest, "the runtime has changed: FLOAT_PRODUCTS may go"
+    assert np.abs(ours - exact).max() < 1e-6 * largest
+
+
 def test_weights_outside_the_folder_of_the_graph_are_refused_by_the_newest_runtime(
     tmp_path: Path, python: Path
 ) -> None:
@@ -182,8 +199,10 @@ def test_weights_outside_the_folder_of_the_graph_are_refused_by_the_newest_runti
         if reason and python == Path(sys.executable):
             assert "External data path validation failed" in said
             assert reason in said
-        else:  # the oldest reads any file of the machine as a weight: only a pinned release key protects from that
+        else:  # the oldest reads any file of the machine as a weight: `onnx_wire` refuses the graph before it can
             assert said == ""
+        with pytest.raises(BundleError, match="would read"):
+            open_session(path, RuntimeProfile())
 
 
 def _refer_to(path: Path, location: str) -> None:

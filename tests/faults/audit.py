@@ -38,12 +38,6 @@ class Books:
     models: int
 
 
-def waiting(site: Site, device: str) -> int:
-    """How many updates wait in the outbox of a device; its process may run."""
-    with closing(_open(site.folder / device / "store" / "outbox.sqlite")) as db:
-        return int(db.execute("SELECT count(*) FROM entry").fetchone()[0])
-
-
 def audit(site: Site, *, allowed: frozenset[str] = frozenset({"round_closed"})) -> Books:
     """Assert that the books are exact; the job keeps its updates (`journal.keep_updates`) and every process has ended.
 

@@ -118,7 +118,7 @@ ATTACKS: Mapping[str, tuple[Attack, str, str]] = {
     "claim": (sends(lambda _: header(b"{}", claims=GIB)), "bad_content", "the header claims 1073741824 bytes"),
     "tensor": (sends(lambda _: header(_1_GIB_TENSOR)), "bad_content", "claims bytes 0 to 1073741824"),
     "base": (sends(lambda d: body(d, 0.0), base="b" * 64), "wrong_base", "base bbbbbbbbbbbb, expected"),
-    "size": (sends(lambda _: b"", size=GIB), "too_large", "1073741824 bytes, at most 65604"),
+    "size": (sends(lambda _: b"", size=GIB), "too_large", "1073741824 bytes, at most 65620"),
     "chunks": (sends(lambda d: body(d, 0.0), chunks=7), "bad_geometry", "bytes in 7 chunks of 65536"),
     "wrong-chunks": (wrong_chunks, "bad_geometry", "16 chunks of a wrong index or length within a minute"),
     "digest": (bytes_of_another_digest, "bad_content", "the bytes do not have the digest of the offer"),
@@ -144,7 +144,13 @@ class Siege:
 def siege(tmp_path_factory: pytest.TempPathFactory) -> Siege:
     """Every attack in one round, each by its own device, beside one honest device that closes the round."""
     hostile = list(ATTACKS)
-    job = {"rounds": 1, "gate.enabled": False, "round.devices_wait": len(hostile), "round.quorum": 1}
+    job = {
+        "task.encodings_allowed": ["float32"],
+        "rounds": 1,
+        "gate.enabled": False,
+        "round.devices_wait": len(hostile),
+        "round.quorum": 1,
+    }
     site = Site(tmp_path_factory.mktemp("siege"), [*hostile, "honest"], job=job)
     gateway = site.gateway_process()
     try:
@@ -205,6 +211,20 @@ def test_the_round_goes_on_without_them(siege: Siege) -> None:
 
 def test_the_memory_of_the_gateway_stays_bounded(siege: Siege) -> None:
     assert siege.peak - siege.before < 16 << 20
+
+
+def test_a_round_does_not_wait_for_a_device_whose_update_was_refused(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["bad", "good"], job={"rounds": 1, "gate.enabled": False, "round.deadline_seconds": 600})
+    with site.service() as running, EdgeDevice.open(site.config("good")) as good:
+        until(lambda: site.status().broker)
+        with HostileDevice(site, "bad") as bad:
+            good.start()
+            data = body(bad, np.nan)
+            assert bad.deliver(data, bad.offer(data)).reason == "bad_content"
+            status = running.wait()
+    (record,) = status.history
+    assert (record.outcome, record.merged) == ("accepted", 1)
+    assert record.declined == {"bad": "update refused: bad_content"}
 
 
 # Bundles, samples, jobs.

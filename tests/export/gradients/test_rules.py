@@ -7,8 +7,10 @@ every element of an output has a gradient of its own.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from export.decompose import DECOMPOSITIONS
 from export.gradients import STRAIGHT_THROUGH, differentiate, rules
 from export.graph import IR_VERSION, OPSET, Builder, dims, tidy
 from export.proof import evaluator
@@ -25,6 +28,7 @@ from export.shapes import BATCH, infer_shapes
 
 B = BATCH
 X, M = (B, 3, 8), (B, 2, 6, 6)
+RECURRENT = ("GRU", "LSTM")  # registered by export.recurrent
 INTS = np.int64
 
 
@@ -313,6 +317,17 @@ ALL = [pytest.param(op, case, id=f"{op}-{number}") for op, cases in CASES.items(
 
 def test_every_rule_has_cases_and_every_case_a_rule() -> None:
     assert set(CASES) | STRAIGHT == rules()
+
+
+def test_the_documentation_lists_every_rule_and_every_operator_that_is_taken_apart() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "gradient-rules.md").read_text()
+    table, _, rest = text.partition("## Operators that are taken apart")
+    rows = [line.split("|")[2] for line in table.splitlines() if line.startswith("| `")]
+    assert {name for row in rows for name in row.split()} == rules()
+    listed = re.sub(
+        r"\(.*?\)", "", rest.partition("they stay as they are:")[2].partition("LSTM and GRU:")[0], flags=re.DOTALL
+    )
+    assert {name.strip(" .\n") for name in listed.split(",")} == set(DECOMPOSITIONS) | set(RECURRENT)
 
 
 @pytest.mark.parametrize("batch", [1, 5])

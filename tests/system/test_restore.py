@@ -1,0 +1,45 @@
+"""A gateway whose machine is lost goes on from its backup (docs/operations.md)."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+
+from edge_sdk import EdgeDevice
+from tests.system.site import Site, until
+
+
+def test_a_restored_gateway_goes_on_where_the_backup_was_made(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["a", "b"], tls=True, job={"rounds": 4, "round.deadline_seconds": 10})
+    backup = tmp_path.parent / f"{tmp_path.name}-backup"
+    with ExitStack() as stack:
+        devices = [stack.enter_context(EdgeDevice.open(site.config(name))) for name in site.ids]
+        for device in devices:
+            device.start()
+        with site.service() as running:
+            until(lambda: site.status().round >= 2)
+            running.service.stop()
+            assert running.wait().state == "stopped"
+        saved = site.status()
+        shutil.copytree(tmp_path / "state", backup / "state")
+        shutil.copytree(tmp_path / "security", backup / "security")
+        with site.service() as running:  # and on for a while, of which the backup knows nothing
+            until(lambda: site.status().round > saved.round)
+            running.service.stop()
+            running.wait()
+        for name in ("state", "security"):
+            shutil.rmtree(tmp_path / name)
+            shutil.copytree(backup / name, tmp_path / name)
+        assert site.status().round == saved.round
+        with site.service() as running:
+            status = running.wait(120)
+        until(lambda: all(device.status().model == status.model for device in devices))
+        assert [device.status().outbox_entries for device in devices] == [0, 0]
+    assert status.state == "done"
+    assert status.duplicated == 0
+    # What devices answered after the backup was made, they do not answer twice: such a round closes empty.
+    outcomes = {record.round: record.outcome for record in status.history}
+    assert outcomes[saved.round - 1] == "accepted"
+    assert set(outcomes.values()) <= {"accepted", "empty", "measured"} | {outcomes[0]}
+    assert outcomes[4] == "accepted"
