@@ -174,6 +174,8 @@ class _Pool:
     def read(self, ids: Ids) -> tuple[Ids, dict[str, Array] | None]:
         """Those that are still stored, and their batch: None if too few are for a step."""
         stored, batch = self._samples.read_stored(ids)
+        if len(stored) < len(ids):  # some went since the batch was drawn
+            self.ids = self.ids[~np.isin(self.ids, np.setdiff1d(ids, stored))]
         if len(stored) < self._program.batch_minimum:
             return stored, None
         self._used.update(stored.tolist())
