@@ -106,6 +106,10 @@ def _status(args: argparse.Namespace) -> int:
     ]
     heads = ["device", "state", "paused", "outbox", "accepted", "merged", "refused", "up", "down", "seen"]
     _table(heads, rows)
+    if status.history:
+        last = status.history[-1]
+        for name, reason in sorted(last.declined.items()):
+            print(f"declined in round {last.round}, {name}: {reason}")
     for refusal in status.refusals:
         print(f"refused in round {refusal.round}, {refusal.device}: {refusal.reason}: {refusal.detail}")
     for alarm in status.alarms:
@@ -236,8 +240,11 @@ class Display:
 
 def _headline(status: Status) -> str:
     online = sum(device.online for device in status.devices)
-    text = f"{status.site}/{status.job}: {status.state}, round {status.round} of {status.rounds}, {status.phase}"
-    if status.phase in ("train", "evaluate"):
+    text = f"{status.site}/{status.job}: {status.state}, round {status.round} of {status.rounds + status.uncounted}"
+    if status.uncounted:
+        text += f" ({status.uncounted} were declined and do not count)"
+    text += f", {status.phase}"
+    if status.phase_deadline is not None:
         text += f" {status.answered}/{status.assigned} answered"
         if status.declined:
             text += f", {status.declined} declined"

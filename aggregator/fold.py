@@ -187,7 +187,7 @@ class Fold:
     def program(self, number: int, phase: str, device: str) -> Program:
         """What a device runs in a phase of a round."""
         trained = self._bundle.program(program_of(self._job, number, device))
-        return self._evaluation(trained) if phase == "evaluate" else trained
+        return self._evaluation(trained) if phase != "train" else trained
 
     def start_of(self, number: int, model: str, program: Program) -> str:
         """The digest of what `program` starts from under `model`; stored as a blob. Raises `StorageError`."""

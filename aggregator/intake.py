@@ -33,14 +33,17 @@ Transitions of one upload (in this order; the first row that fits)
 | UNKNOWN   | Offered                                    | StoreOffer, Ack need(first 32)                |
 | OPEN      | Offered                                    | Ack need(missing)                             |
 | OPEN      | ChunkArrived, as asked                     | StoreChunk; half in: need; all in: Verify     |
-| OPEN      | ChunkArrived, wrong index or length        | counted; the 16th: DropOffer, Refuse, Alarm   |
+| OPEN      | ChunkArrived, wrong index or length        | counted; the 16th: DropOffer, Refuse, Alarm*  |
 | OPEN      | Ticked: silence                            | Ack need(missing), three times                |
 | OPEN      | Ticked: no chunk for T_reap; PhaseClosed   | DropOffer                                     |
 | VERIFYING | Verified                                   | Accept, Tell UpdateAccepted, Ack accepted     |
 | VERIFYING | VerifyFailed, again, for the first time    | DropParts, Ack need(all)                      |
-| VERIFYING | VerifyFailed                               | DropOffer, Refuse, Ack rejected bad_content   |
+| VERIFYING | VerifyFailed                               | DropOffer, Refuse*, Ack rejected bad_content  |
 | VERIFYING | PhaseClosed                                | none: it is finished, and counted by `rounds` |
 | any       | Revoked                                    | DropOffer of each, ClearRetained              |
+
+(*) and Tell Declined: a device forgets what was rejected, so nobody needs to wait for its answer any longer. The same holds
+for every signed offer that is refused while its task is open, unless another upload for the task is under way.
 
 Presence: the pair (boot, connection) of the last birth counts. A new pair gets a `sync` command, and gets it
 again when the gateway's own connection was lost, for the command may have been lost with it; an `offline` of another pair is answered with `rebirth`, because the retained copy is now wrong. Two devices
@@ -519,13 +522,16 @@ def _is_ours(state: Intake, device: str, number: int, task: str) -> bool:
     """Whether this could be a task that this journal issued: ids are derived, so no list of old ones is
     kept."""
     settings = rounds.Settings(rounds=0, nonce=state.nonce)
-    phases = (rounds.Phase.TRAIN, rounds.Phase.EVALUATE)
-    return any(rounds.task_id(settings, number, phase, device) == task for phase in phases)
+    return any(rounds.task_id(settings, number, phase, device) == task for phase in rounds.OPEN)
 
 
 def _reject(state: Intake, event: Offered, reason: str, detail: str, *, alarm: bool = False) -> Result:
     device, upload = event.device, event.offer.upload
     effects: Effects = (Refuse(device, upload, reason, detail),)
+    task = state.tasks.get(device)
+    was_its_answer = event.signature_ok and not event.answered and task is not None and task.task == event.offer.task
+    if was_its_answer and not any(p.info.task == event.offer.task for p in state.uploads.values()):
+        effects += (_unanswered(event, event.offer.task, reason),)
     if reason == "foreign_task":
         ack = SendAck(device, upload, "rejected", reason=reason, detail=detail[:64], retry_after_ms=10 * MINUTE)
     else:
@@ -533,6 +539,10 @@ def _reject(state: Intake, event: Offered, reason: str, detail: str, *, alarm: b
     if alarm:
         effects += (Alarm(reason, device, detail),)
     return state, (*effects, ack)
+
+
+def _unanswered(event: Offered | ChunkArrived | VerifyFailed, task: str, reason: str) -> Tell:
+    return Tell(rounds.Declined(event.now, event.device, task, f"update refused: {reason}"))
 
 
 def _wait(upload: str, device: str, retry_after_ms: int) -> SendAck:
@@ -632,6 +642,7 @@ def _bad_chunk(state: Intake, event: ChunkArrived, progress: Progress) -> Result
         DropOffer(*key),
         Refuse(*key, "bad_geometry", detail),
         Alarm("bad_chunks", event.device, detail),
+        _unanswered(event, progress.info.task, "bad_geometry"),
         SendAck(*key, "rejected", reason="bad_geometry", detail=detail[:64]),
     )
 
@@ -661,6 +672,7 @@ def _verify_failed(state: Intake, event: VerifyFailed) -> Result:
     return replace(state, uploads=_without(state.uploads, key)), (
         DropOffer(*key),
         Refuse(*key, "bad_content", event.detail),
+        _unanswered(event, progress.info.task, "bad_content"),
         SendAck(*key, "rejected", reason="bad_content", detail=event.detail[:64]),
     )
 

@@ -341,7 +341,7 @@ def load_job(path: Path) -> Job:
             content = tomllib.load(file)
     except OSError as error:
         raise JobError(f"{path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise JobError(f"{path}: not a TOML file: {error}") from error
     given = _flatten(content, path)
     values: dict[str, Any] = {}

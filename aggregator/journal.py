@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aggregator.intake import OpenUpload, Presence
+from aggregator.rounds import OPEN
 from edge_sdk.errors import EdgewiseError, StorageError
 
 if TYPE_CHECKING:
@@ -200,6 +201,7 @@ class Status:
     duplicated: int  # ledger rows merged more than once: 0 by construction, counted all the same
     history: Sequence[RoundRecord]
     refusals: Sequence[Refusal] = ()  # the newest, oldest first
+    uncounted: int = 0  # rounds that devices declined: `round` may be so much above `rounds`
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary, for `--json`."""
@@ -742,7 +744,8 @@ def _status(db: sqlite3.Connection, rounds: int, *, running: bool) -> Status:
     merged = sum(count for _, fate, count in fates if fate == "")
     pending = sum(count for _, fate, count in fates if fate is None)
     answers = [answer for _, answer, *_ in state["tasks"].values()] if state else []
-    done = state is not None and state["phase"] == "done" and state["round"] >= rounds
+    uncounted = state.get("uncounted", 0) if state else 0
+    done = state is not None and state["phase"] == "done" and state["round"] - uncounted >= rounds
     folded = db.execute("SELECT coalesce(sum(json_extract(record, '$.merge.updates')), 0) FROM round").fetchone()[0]
     trained = db.execute(
         "SELECT (SELECT count(*) FROM ledger WHERE merged_in IS NOT NULL AND phase='train')"
@@ -755,8 +758,9 @@ def _status(db: sqlite3.Connection, rounds: int, *, running: bool) -> Status:
         state="done" if done else "running" if running else "stopped",
         round=state["round"] if state else 0,
         rounds=rounds,
+        uncounted=uncounted,
         phase=state["phase"] if state else "wait",
-        phase_deadline=state["phase_deadline"] if state and state["phase"] in ("train", "evaluate") else None,
+        phase_deadline=state["phase_deadline"] if state and state["phase"] in OPEN else None,
         broker=meta.get("broker", ""),
         assigned=len(answers),
         answered=answers.count("answered"),

@@ -8,7 +8,8 @@ Rules
    `Restarted`; the effects that follow are those a reader of the state would expect; repeating them does no
    harm.
 3. One deadline per round. The phases take their deadlines from it: `train` may use all but the last
-   `evaluate_share`, `evaluate` the rest and whatever `train` left over.
+   `evaluate_share`, `evaluate` the rest and whatever `train` left over. `measure` takes no more than half of the time to
+   train.
 4. A round never waits for a device. Quorum or deadline decide; presence is a hint for who gets a task.
 5. What decides acceptance is evidence of closed phases only; an update that was still being checked when its
    phase closed is set aside with a reason.
@@ -17,10 +18,18 @@ Who takes part: the devices online when a phase opens. A device that comes later
 least half of the phase's time lies ahead (`_has_room`) and the phase has not closed; it then belongs to the
 assigned set like the others. A phase closes
 
-* early, when `quorum` updates are accepted, or, without a quorum or with fewer devices than that, when every
-  assigned device has answered or declined and at least `minimum` answered;
+* early, when `quorum` updates are accepted, or when every assigned device has answered or declined, unless fewer than
+  `minimum` were asked and one of them answered: then another may still come;
 * at its deadline. With fewer than `minimum` updates `train` merges nothing: the round is `empty` (none came)
-  or `too_few`, the model stays, the next round follows. `evaluate` closes with the evidence there is.
+  or `too_few`, the model stays, the next round follows. `measure` and `evaluate` close with the evidence there is.
+
+A round that merges nothing because devices declined is over at once: it does not count towards `rounds`, and the next
+one, which asks them again, opens after a pause (`_pause`), or as soon as a device comes. A site whose devices have no
+samples yet waits so for its first ones, at a pace that falls to one round per deadline.
+
+A round that follows a rollback begins with `measure`: the devices score the model once more, on the samples they hold
+now. Otherwise a change of the data looks like a fault of every candidate (docs/adr/measure-again-after-a-rollback.md).
+The same is done where nobody has measured the initial model.
 
 A round opens when `devices_wait` devices are online. If they do not come within the round's deadline it opens
 with `minimum` of them, so that a device that died does not end the job.
@@ -30,15 +39,17 @@ phase closes with `buffer` updates; a task that is still open then stays with it
 and its update counts for the round in which it comes, discounted by the merge. A device that carries such a task gets no
 other; one device contributes to a round once.
 
-Transitions (`TRANSITIONS` is the same table as code; open phase = train or evaluate)
+Transitions (`TRANSITIONS` is the same table as code; open phase = measure, train or evaluate)
 ----------------------------------------------------------------------------------
 | phase      | event          | what follows                                         | next phase            |
 |------------|----------------|------------------------------------------------------|-----------------------|
-| wait       | DeviceSeen     | enough online: OpenPhase, IssueTasks                 | train (evaluate*)     |
-| wait       | DeadlinePassed | `minimum` online: OpenPhase, IssueTasks              | train (evaluate*)     |
+| wait       | DeviceSeen     | enough online, no pause: OpenPhase, IssueTasks       | train, measure (eval*)|
+| wait       | DeadlinePassed | `minimum` online: OpenPhase, IssueTasks              | train, measure (eval*)|
+| wait       | DeadlinePassed | of a pause: as if the round before had just ended    | wait, train, measure  |
 | open phase | DeviceSeen     | room left: IssueTasks for the device                 | same                  |
+| measure    | as below       | closed: OpenPhase train, IssueTasks                  | same, train           |
 | open phase | UpdateAccepted | counted; enough: ClosePhase                          | same, merge, judge    |
-| open phase | Declined       | counted; enough: ClosePhase                          | same, merge, judge    |
+| open phase | Declined       | counted; the last: ClosePhase; none: FinishRound     | same, merge/judge/wait|
 | open phase | DeadlinePassed | ClosePhase, WithdrawTasks; too few: FinishRound      | merge/judge/wait/done |
 | merge      | Merged         | OpenPhase evaluate, IssueTasks; no gate: FinishRound | evaluate, wait, done  |
 | merge      | MergeFailed    | SetAside, FinishRound failed                         | wait, done            |
@@ -58,13 +69,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 
 class Phase(StrEnum):
     """Where a round stands."""
 
     WAIT = "wait"  # for devices
+    MEASURE = "measure"  # the devices score the present model, which a candidate will be compared with
     TRAIN = "train"
     MERGE = "merge"  # the shell folds the accepted updates
     EVALUATE = "evaluate"
@@ -146,6 +158,9 @@ class Rounds:
     )  # of closed train phases; in `tasks` while one is open
     online: frozenset[str] = frozenset()
     patient: bool = True  # waiting for all of `devices_wait`, not yet for `minimum` alone
+    measures: bool = False  # the evidence on the model is missing or in doubt: the next round measures it first
+    uncounted: int = 0  # rounds so far that devices declined and that do not count towards `settings.rounds`
+    paused_until: int = 0  # no round opens before; 0: no pause
 
     def count(self, answer: Answer) -> int:
         """How many tasks of the open phase have this answer."""
@@ -272,11 +287,12 @@ class WithdrawTasks(Effect):
 
 @dataclass(frozen=True)
 class ClosePhase(Effect):
-    """Uploads for this phase are no longer welcome, but for those of the devices `keep`."""
+    """Uploads for this phase are no longer welcome, but for those of the devices `keep`. `declined`: device -> why."""
 
     round: int
     phase: Phase
     keep: frozenset[str] = frozenset()
+    declined: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -337,7 +353,9 @@ class FinishJob(Effect):
 
 Effects = tuple[Effect, ...]
 Result = tuple[Rounds, Effects]
-_OPEN = (Phase.TRAIN, Phase.EVALUATE)
+OPEN: Final = (Phase.MEASURE, Phase.TRAIN, Phase.EVALUATE)
+_PAUSES: Final = 20  # the first pause is this part of a round's deadline ...
+_SHORTEST_PAUSE: Final = 1_000  # ms, or this, if that is more
 
 
 def task_id(settings: Settings, number: int, phase: Phase, device: str) -> str:
@@ -349,6 +367,8 @@ def task_id(settings: Settings, number: int, phase: Phase, device: str) -> str:
 def step(state: Rounds, event: Event) -> Result:
     """Advance by one event. An event that means nothing in this phase changes nothing."""
     if isinstance(event, DeviceSeen):
+        if event.device not in state.online:  # it may have what the others lack
+            state = replace(state, paused_until=min(state.paused_until, event.now))
         state = replace(state, online=state.online | {event.device})
     elif isinstance(event, DeviceLost):
         state = replace(state, online=state.online - {event.device})
@@ -368,7 +388,7 @@ def step(state: Rounds, event: Event) -> Result:
 
 def _is_open_task(state: Rounds, device: str, task: str) -> bool:
     held = state.tasks.get(device)
-    return state.phase in _OPEN and held is not None and held.task == task
+    return state.phase in OPEN and held is not None and held.task == task
 
 
 def _is_carried(state: Rounds, device: str, task: str) -> bool:
@@ -378,7 +398,7 @@ def _is_carried(state: Rounds, device: str, task: str) -> bool:
 
 def _resume(state: Rounds, event: Restarted) -> Result:
     if state.phase is Phase.DONE:
-        if state.round < state.settings.rounds:  # the job file now asks for more rounds
+        if state.round - state.uncounted < state.settings.rounds:  # the job file now asks for more rounds
             return _wait(replace(state, round=state.round + 1), event.now)
         return state, (FinishJob(state.model),)
     if state.phase is Phase.WAIT:
@@ -387,7 +407,7 @@ def _resume(state: Rounds, event: Restarted) -> Result:
         return state, (_merge_effect(state),)
     if state.phase is Phase.JUDGE:
         return state, (_judge_effect(state),)
-    if not state.settings.evaluates and state.phase is Phase.EVALUATE:  # evaluation was switched off meanwhile
+    if not state.settings.evaluates and state.phase is not Phase.TRAIN:  # evaluation was switched off meanwhile
         return _close(state, event.now)
     # The job file may have lowered the quorum meanwhile.
     closed, effects = _close_if_enough(state, event.now)
@@ -396,16 +416,25 @@ def _resume(state: Rounds, event: Restarted) -> Result:
 
 def _wait(state: Rounds, now: int) -> Result:
     state = replace(state, phase=Phase.WAIT, tasks=_no_tasks(), candidate=None, patient=True)
+    if now < state.paused_until:
+        return state, (SetDeadline(state.paused_until),)
+    state = replace(state, paused_until=0)
     opened, effects = _open_if_enough(state, now, state.settings.devices_wait)
     return (opened, effects) if effects else (opened, (SetDeadline(now + state.settings.deadline_ms),))
 
 
 def _wait_seen(state: Rounds, event: Event) -> Result:
+    if event.now < state.paused_until:
+        return state, ()
+    if state.paused_until:
+        return _wait(state, event.now)
     enough = state.settings.devices_wait if state.patient else state.settings.minimum
     return _open_if_enough(state, event.now, enough)
 
 
 def _wait_deadline(state: Rounds, event: Event) -> Result:
+    if state.paused_until:
+        return _wait(state, event.now)
     opened, effects = _open_if_enough(state, event.now, state.settings.minimum)
     # Not even `minimum` are here: open as soon as they are.
     return (opened, effects) if effects else (replace(state, patient=False), (SetDeadline(None),))
@@ -418,8 +447,18 @@ def _open_if_enough(state: Rounds, now: int, enough: int) -> Result:
     state = replace(state, opened=now, deadline=deadline)
     if state.round == 0:
         return _open(replace(state, candidate=state.model), Phase.EVALUATE, now, deadline)
-    share = state.settings.evaluate_share if state.settings.evaluates else 0.0
-    return _open(state, Phase.TRAIN, now, now + round(state.settings.deadline_ms * (1.0 - share)))
+    if state.measures and state.settings.evaluates:
+        most = min(_evaluation_ms(state), (state.settings.deadline_ms - _evaluation_ms(state)) // 2)
+        return _open(state, Phase.MEASURE, now, now + most)  # half of the time to train is left, or more
+    return _open_training(state, now)
+
+
+def _evaluation_ms(state: Rounds) -> int:
+    return round(state.settings.deadline_ms * state.settings.evaluate_share) if state.settings.evaluates else 0
+
+
+def _open_training(state: Rounds, now: int) -> Result:
+    return _open(state, Phase.TRAIN, now, state.deadline - _evaluation_ms(state))
 
 
 def _open(state: Rounds, phase: Phase, now: int, closes: int) -> Result:
@@ -468,7 +507,7 @@ def _until(state: Rounds) -> int:
 
 
 def _start(state: Rounds) -> str:
-    return state.model if state.phase is Phase.TRAIN or state.candidate is None else state.candidate
+    return state.candidate if state.phase is Phase.EVALUATE and state.candidate is not None else state.model
 
 
 def _open_effect(state: Rounds) -> OpenPhase:
@@ -517,8 +556,7 @@ def _close_if_enough(state: Rounds, now: int) -> Result:
         quorum = state.settings.buffer
     if quorum is not None and answered >= max(quorum, state.settings.minimum):
         return _close(state, now)
-    # Declined by all: keep the phase open, for a device may still come; the deadline ends it.
-    if state.count(Answer.ISSUED) == 0 and answered >= state.settings.minimum:
+    if state.tasks and state.count(Answer.ISSUED) == 0 and (not answered or len(state.tasks) >= state.settings.minimum):
         return _close(state, now)
     return state, ()
 
@@ -533,22 +571,44 @@ def _close(state: Rounds, now: int) -> Result:
     missing = tuple(
         sorted(d for d, held in state.tasks.items() if held.answer is not Answer.ANSWERED and d not in carried)
     )
-    effects: Effects = (ClosePhase(state.round, state.phase, frozenset(_busy(replace(state, carried=carried)))),)
+    declined = {d: held.reason for d, held in sorted(state.tasks.items()) if held.answer is Answer.DECLINED}
     state = replace(state, carried=carried)
+    effects: Effects = (ClosePhase(state.round, state.phase, frozenset(_busy(state)), declined),)
     if missing:
         effects += (WithdrawTasks(missing),)
+    if state.phase is Phase.MEASURE:
+        state, opened = _open_training(replace(state, measures=answered == 0), now)
+        return state, (*effects, *opened)
     if state.phase is Phase.EVALUATE:
-        state = replace(state, phase=Phase.JUDGE)
+        state = replace(state, phase=Phase.JUDGE, measures=state.round == 0 and answered == 0)
         return state, (*effects, SetDeadline(None), _judge_effect(state))
-    if answered == 0:
-        return _finish(state, now, Outcome.EMPTY, "no update arrived before the deadline", effects)
-    if answered < state.settings.minimum:
-        reason = f"{answered} of at least {state.settings.minimum} updates arrived before the deadline"
-        if not state.settings.buffer:
-            effects += (SetAside(state.round, state.phase, "too_few_updates"),)
-        return _finish(state, now, Outcome.TOO_FEW, reason, effects)
+    if answered == 0 or answered < state.settings.minimum:
+        return _unmerged(state, now, answered, declined, effects)
     state = replace(state, phase=Phase.MERGE)
     return state, (*effects, SetDeadline(None), _merge_effect(state))
+
+
+def _unmerged(state: Rounds, now: int, answered: int, declined: Mapping[str, str], effects: Effects) -> Result:
+    """The end of a round with too few updates. Where devices declined before the deadline, the next one is to wait."""
+    early = now < state.phase_deadline
+    found = f"{answered} of at least {state.settings.minimum} updates arrived" + (
+        "" if early else " before the deadline"
+    )
+    reason = "; ".join([found, *(f"{device}: {why}" for device, why in declined.items())])
+    if early:
+        state = replace(state, uncounted=state.uncounted + 1)
+        state = replace(state, paused_until=now + _pause(state))
+    if answered == 0:
+        return _finish(state, now, Outcome.EMPTY, reason, effects)
+    if not state.settings.buffer:
+        effects += (SetAside(state.round, state.phase, "too_few_updates"),)
+    return _finish(state, now, Outcome.TOO_FEW, reason, effects)
+
+
+def _pause(state: Rounds) -> int:
+    """How long devices that declined are left alone: longer each time, up to a round's deadline."""
+    longest = state.settings.deadline_ms
+    return max(_SHORTEST_PAUSE, min(longest, longest * state.uncounted // _PAUSES))
 
 
 def _carried_on(state: Rounds, answered: int) -> Mapping[str, TaskState]:
@@ -576,8 +636,8 @@ def _merged(state: Rounds, event: Event) -> Result:
     if not state.settings.evaluates:
         return _finish(replace(state, model=event.candidate), event.now, Outcome.ACCEPTED, "the job has no gate", ())
     # The rest of the round belongs to the evaluation, but a slow merge does not leave it without any time.
-    share = round(state.settings.deadline_ms * state.settings.evaluate_share)
-    return _open(state, Phase.EVALUATE, event.now, max(state.deadline, event.now + share))
+    closes = max(state.deadline, event.now + _evaluation_ms(state))
+    return _open(state, Phase.EVALUATE, event.now, closes)
 
 
 def _merge_failed(state: Rounds, event: Event) -> Result:
@@ -600,7 +660,9 @@ def _judged(state: Rounds, event: Event) -> Result:
 
 def _finish(state: Rounds, now: int, outcome: Outcome, reason: str, before: Effects) -> Result:
     effects = (*before, FinishRound(state.round, outcome, reason, state.model))
-    if state.round >= state.settings.rounds:
+    in_doubt = outcome is Outcome.ROLLED_BACK or (state.measures and outcome is not Outcome.ACCEPTED)
+    state = replace(state, measures=in_doubt)
+    if state.round - state.uncounted >= state.settings.rounds:
         done = replace(state, phase=Phase.DONE, tasks=_no_tasks(), candidate=None)
         return done, (*effects, SetDeadline(None), FinishJob(state.model))
     state, opened = _wait(replace(state, round=state.round + 1), now)
@@ -612,16 +674,12 @@ TRANSITIONS: Mapping[tuple[Phase, type[Event]], Handler] = MappingProxyType(
     {
         (Phase.WAIT, DeviceSeen): _wait_seen,
         (Phase.WAIT, DeadlinePassed): _wait_deadline,
-        (Phase.TRAIN, DeviceSeen): _late,
-        (Phase.TRAIN, UpdateAccepted): _answered,
-        (Phase.TRAIN, Declined): _declined,
-        (Phase.TRAIN, DeadlinePassed): _deadline,
+        **{(phase, DeviceSeen): _late for phase in OPEN},
+        **{(phase, UpdateAccepted): _answered for phase in OPEN},
+        **{(phase, Declined): _declined for phase in OPEN},
+        **{(phase, DeadlinePassed): _deadline for phase in OPEN},
         (Phase.MERGE, Merged): _merged,
         (Phase.MERGE, MergeFailed): _merge_failed,
-        (Phase.EVALUATE, DeviceSeen): _late,
-        (Phase.EVALUATE, UpdateAccepted): _answered,
-        (Phase.EVALUATE, Declined): _declined,
-        (Phase.EVALUATE, DeadlinePassed): _deadline,
         (Phase.JUDGE, Judged): _judged,
     }
 )
@@ -642,6 +700,9 @@ def to_json(state: Rounds) -> dict[str, Any]:
     return {
         "online": sorted(state.online),
         "patient": state.patient,
+        "measures": state.measures,
+        "uncounted": state.uncounted,
+        "paused_until": state.paused_until,
         "round": state.round,
         "phase": state.phase.value,
         "model": state.model,
@@ -671,4 +732,7 @@ def from_json(settings: Settings, saved: Mapping[str, Any]) -> Rounds:
         carried=_tasks_from_json(saved.get("carried", {})),
         online=frozenset(saved["online"]),
         patient=saved["patient"],
+        measures=saved.get("measures", False),
+        uncounted=saved.get("uncounted", 0),
+        paused_until=saved.get("paused_until", 0),
     )

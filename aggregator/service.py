@@ -285,7 +285,7 @@ class Service:
             intake.Restarted(now, tuple(self._journal.offers()), tuple(self._journal.presences())),
             intake.PhaseOpened(now, self._public()),
         ]
-        if state.phase in (rounds.Phase.TRAIN, rounds.Phase.EVALUATE):
+        if state.phase in rounds.OPEN:
             events.append(self._still_issued(state.phase, state.tasks, state.phase_deadline))
         if state.carried:
             events.append(self._still_issued(rounds.Phase.TRAIN, state.carried, state.deadline))
@@ -545,7 +545,11 @@ class Service:
             case rounds.WithdrawTasks(devices):
                 for device in devices:
                     self._retain(self._address.assign(device), b"", None, out)
-            case rounds.ClosePhase(_, _, kept):
+            case rounds.ClosePhase(number, phase, kept, declined):
+                if phase is rounds.Phase.TRAIN and self._record is not None:
+                    self._record = replace(self._record, declined=declined)
+                if phase is rounds.Phase.MEASURE:  # its evidence stands from now on
+                    journal.mark_merged(journal.updates(number, phase), number, keep_bodies=keep)
                 self._intake_step(intake.PhaseClosed(self._clock.now(), kept), out)
             case rounds.SetAside(number, phase, reason):
                 trained = phase is rounds.Phase.TRAIN

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from devices.device_folder import DeviceFolder, Settings
-from devices.registry import Entry, Registry, check_id
+from devices.registry import Entry, Registry, RegistryError, check_id
 from edge_sdk.keys import SigningKey
 
 if TYPE_CHECKING:
@@ -60,7 +60,9 @@ def register(parser: argparse.ArgumentParser) -> None:
     enroll.set_defaults(run=_enroll)
     for command in (add, enroll):
         command.add_argument("--job", required=True)
-        command.add_argument("--bundle", required=True, help="the bundle, as the device will find it")
+        command.add_argument(
+            "--bundle", required=True, help="the bundle: copied if it is a file here, else as the device will find it"
+        )
         command.add_argument("--control-key", type=Path, required=True, help="the gateway's public control key")
         command.add_argument("--owner", default="", help="whose device it is (default: its id)")
         command.add_argument("--profile", default="")
@@ -83,7 +85,10 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 def make_keys(folder: Path) -> dict[str, Path]:
     """Make `control` and `release` key pairs in `folder`: `<name>.key` (private, 0600) and `<name>.pub`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RegistryError(f"{folder}: the folder cannot be made ({error.strerror})") from error
     paths: dict[str, Path] = {}
     for name in ("control", "release"):
         private, public = folder / f"{name}.key", folder / f"{name}.pub"
@@ -99,18 +104,23 @@ def _keygen(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace, site: str, broker: str, prefix: str = "") -> Settings:
-    return Settings(site, args.job, broker, args.bundle, args.control_key, prefix)
+    settings = Settings(site, args.job, broker, args.bundle, args.control_key, prefix)
+    settings.check()
+    return settings
 
 
 def _add(args: argparse.Namespace) -> int:
-    check_id(args.id)  # before a key is made
+    check_id(args.id)  # all of it before a key is made
+    settings = _settings(args, args.site, args.broker)
+    if not args.registry.parent.is_dir():
+        raise RegistryError(f"{args.registry}: its folder does not exist")
     registry = Registry.load(args.registry) if args.registry.exists() else Registry()
     registry.add(Entry(args.id, "", args.profile, args.owner or args.id))
     files = DeviceFolder(args.out, args.id)
     files.make()
-    key = SigningKey.generate(files.device_key).verify_key
+    key = files.signing_key()
     registry.entries[args.id] = Entry(args.id, key.text, args.profile, args.owner or args.id)
-    values = files.write(_settings(args, args.site, args.broker))
+    values = files.write(settings)
     registry.save(args.registry)
     text = f"{args.out / 'device.toml'}: device {args.id} of {args.site}/{args.job}"
     print(json.dumps(values) if args.json else text)

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from devices.registry import RegistryError
 from edge_sdk.keys import SigningKey, VerifyKey
 from edge_sdk.tls import TlsFiles
+from edge_sdk.wire import SEGMENT
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What `device.toml` says beyond the id (`edge_sdk.config`); `control_key` is copied into the folder."""
+    """What `device.toml` says beyond the id (`edge_sdk.config`).
+
+    `control_key` is copied into the folder, and so is `bundle` where it is a file here; otherwise it is the path under which
+    the device will find it.
+    """
 
     site: str
     job: str
@@ -22,6 +29,15 @@ class Settings:
     control_key: Path
     prefix: str = ""
     tls: bool = False
+
+    def check(self) -> None:
+        """Raises `RegistryError` and `KeyFileError`, before anything is made."""
+        for name, value in (("site", self.site), ("job", self.job)):
+            if not SEGMENT.fullmatch(value):
+                raise RegistryError(f"{name} {value!r} must be 1 to 32 lower-case letters, digits and hyphens")
+        if urlsplit(self.broker).scheme not in ("mqtt", "mqtts") or not urlsplit(self.broker).hostname:
+            raise RegistryError(f"broker {self.broker!r} must be an address such as mqtt://127.0.0.1:18830")
+        VerifyKey.load(self.control_key)
 
 
 @dataclass(frozen=True)
@@ -82,7 +98,7 @@ class DeviceFolder:
             "job": settings.job,
             **({"prefix": settings.prefix} if settings.prefix else {}),
             "broker": settings.broker,
-            "bundle": settings.bundle,
+            "bundle": Path(settings.bundle).name if Path(settings.bundle).is_file() else settings.bundle,
             "store": "store",
             "device_key": self.device_key.name,
             "control_key": "control.pub",
@@ -96,7 +112,9 @@ class DeviceFolder:
         try:
             if settings.tls:
                 (self.path / "ca.pem").write_bytes(ca)
-            (self.path / "control.pub").write_bytes(settings.control_key.read_bytes())
+            VerifyKey.load(settings.control_key).save(self.path / "control.pub")  # the public half and nothing else
+            if Path(settings.bundle).is_file():
+                shutil.copyfile(settings.bundle, self.path / Path(settings.bundle).name)
             (self.path / "device.toml").write_text("\n".join(lines) + "\n")
         except OSError as error:
             raise RegistryError(f"{error.filename}: {error.strerror}") from error

@@ -56,7 +56,7 @@ class Registry:
             raise RegistryError(
                 f"{path}: cannot be read ({error.strerror}); `edgewise devices add` makes one"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RegistryError(f"{path}: not a JSON file: {error}") from error
         registry = cls()
         rows = content.get("devices") if isinstance(content, Mapping) else None

@@ -34,7 +34,6 @@ Paths are relative to the file.
 from __future__ import annotations
 
 import difflib
-import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,6 +42,7 @@ from typing import Any
 
 from edge_sdk.errors import EdgewiseError
 from edge_sdk.tls import TlsFiles
+from edge_sdk.wire import SEGMENT
 
 
 class ConfigError(EdgewiseError):
@@ -90,7 +90,7 @@ class DeviceConfig:
                 content = tomllib.load(file)
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror}); `edgewise devices add` makes one") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"{path}: not a TOML file: {error}") from error
         return cls._from(content, path)
 
@@ -101,7 +101,7 @@ class DeviceConfig:
         if missing:
             raise ConfigError(f"{path}: the key {missing[0]!r} is missing")
         for name in ("id", "site", "job"):
-            if not _SEGMENT.fullmatch(values[name]):
+            if not SEGMENT.fullmatch(values[name]):
                 raise ConfigError(
                     f"{path}: {name} = {values[name]!r} must be 1 to 32 lower-case letters, digits and hyphens "
                     "and must not begin with a hyphen"
@@ -128,7 +128,6 @@ def _tls(content: Mapping[str, Any] | None, path: Path) -> TlsFiles | None:
     return TlsFiles(**{name: (path.parent / files[name]).resolve() for name in _TLS})
 
 
-_SEGMENT = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 _REQUIRED = ("id", "site", "job", "broker", "bundle", "store", "device_key", "control_key")
 _MAY_BE_ZERO = ("cache_bytes",)
 _PATHS = {"bundle", "store", "device_key", "control_key", "release_key"}

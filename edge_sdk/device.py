@@ -19,6 +19,7 @@ import itertools
 import logging
 import os
 import queue
+import re
 import secrets
 import threading
 import time
@@ -72,7 +73,10 @@ class DeviceEvent:
 
 @dataclass(frozen=True)
 class DeviceStatus:
-    """Where a device stands. Bytes are payloads and topics since `start`; updates are counted since the store was made."""
+    """Where a device stands. Bytes are payloads and topics since `start`; updates are counted since the store was made.
+
+    `updates_dropped` is 0: an outbox without room makes the device pause and drops nothing.
+    """
 
     device: str
     link: str
@@ -156,14 +160,15 @@ class EdgeDevice:
         self._state = talk.Conversation(boot=secrets.token_hex(8), seed=secrets.randbits(53))
         self._blob_sizes: dict[str, int] = {}
         self._serve: str | None = None  # digest of the model to serve with, once it is here
-        self._worker: threading.Thread | None = None
-        self._trainer: threading.Thread | None = None
-        self._tasks: queue.Queue[wire.Task | None] = queue.Queue()
-        self._cancelled: set[str] = set()
-        self._held_back = threading.Event()  # set while the app or the gateway wants a pause
+        self._lifecycle = threading.Lock()  # around start, stop and close, never while one waits
+        self._shift: _Shift | None = None  # of the last start
+        self._app_pause = threading.Event()  # two wishes, each taken back only by whoever made it
+        self._gateway_pause = threading.Event()
         self._progress = (0, 0)
         self._refused = 0
         self._closed = False
+        self._released = False
+        self._release_later = False  # by the last of the threads, one of which asked for it
 
     @classmethod
     def open(cls, path: Path | str, *, on_event: Callable[[DeviceEvent], None] | None = None) -> EdgeDevice:
@@ -184,66 +189,106 @@ class EdgeDevice:
         `recording` groups samples that follow each other in time: the last part of each group is kept out of training, to
         judge models with. Raises `SampleError` for a sample that does not fit, `StorageError` when the disk is full.
         """
+        self._check_open()
         return self._samples.add(x, y, recording=recording)
 
     def record_many(self, x: Array | Mapping[str, Array], y: Array, *, recording: str = "") -> Ids:
         """Keep a batch `[n, *shape]`, all of it or, when a sample does not fit, none; otherwise as `record`."""
+        self._check_open()
         return self._samples.add_many(x, y, recording=recording)
 
     def has_recording(self, recording: str) -> bool:
         """Whether samples of this recording are stored."""
+        self._check_open()
         return self._samples.has(recording)
 
     def start(self) -> None:
-        """Connect and train in the background whenever the gateway asks; after `pause`, go on."""
-        if self._closed:
-            raise TaskError("this device is closed: open it again")
-        if self._held_back.is_set():
-            self._held_back.clear()
+        """Connect and train in the background whenever the gateway asks; after `pause`, go on.
+
+        A pause that the gateway ordered stays until the gateway ends it. Raises `TaskError` if the device is closed, or if
+        a callback `on_event` has not yet returned from before the last `stop`.
+        """
+        self._check_open()
+        if self._app_pause.is_set():
+            self._app_pause.clear()
             self._look()
-        if self._worker is None:
+        with self._lifecycle:
+            former = self._shift
+            if former is not None and not former.ending.is_set():
+                return
+            if former is not None and former.worker.is_alive():
+                raise TaskError("this device is still stopping: let on_event return, then start it again")
+            counter, waiting = int(self._outbox.meta("counter") or 0), self._queue()
             self._state = talk.Conversation(
-                boot=secrets.token_hex(8),
-                seed=secrets.randbits(53),
-                counter=int(self._outbox.meta("counter") or 0),
-                paused=self._state.paused,
+                boot=secrets.token_hex(8), seed=secrets.randbits(53), counter=counter, paused=self._state.paused
             )
-            self._worker = threading.Thread(target=self._run, name="edgewise-device", daemon=True)
-            self._trainer = threading.Thread(target=self._train, name="edgewise-trainer", daemon=True)
-            self._worker.start()
-            self._trainer.start()
-            self._put(talk.Started(_now(), self._queue()))
+            self._shift = shift = _Shift(self._run, self._train)
+            shift.worker.start()
+            shift.trainer.start()
+            self._put(talk.Started(_now(), waiting))
+        if self._state.paused is not Paused.NONE:
+            self._look()
 
     def pause(self) -> None:
         """Train no further until `start`; a task that runs stops after its present step. Predictions and uploads go on."""
-        self._held_back.set()
+        self._check_open()
+        self._app_pause.set()
         self._look()
 
     def stop(self) -> None:
-        """End training after the present step, say goodbye, disconnect. `start` begins anew."""
-        worker, trainer, self._worker, self._trainer = self._worker, self._trainer, None, None
-        if worker is None or trainer is None:
+        """End training after the present step, say goodbye, disconnect. `start` begins anew.
+
+        From `on_event` it returns at once and the device stops when the callback has returned; otherwise it waits, at
+        most some seconds.
+        """
+        with self._lifecycle:
+            shift = self._shift
+            if shift is None:
+                return
+            if not shift.ending.is_set():
+                shift.ending.set()
+                shift.tasks.put(None)
+                self._put(talk.Stop(_now()))
+                self._events.put(None)
+        if shift.is_mine():
             return
-        self._put(talk.Stop(_now()))
-        self._events.put(None)
-        worker.join(_GRACE)
-        self._tasks.put(None)
-        trainer.join(_GRACE)
+        shift.worker.join(_GRACE)
+        shift.trainer.join(_GRACE)
         self._link.close()
 
     def close(self) -> None:
-        """Stop and close all files. May be called twice."""
-        if self._closed:
-            return
-        self._closed = True
+        """Stop and close all files; from `on_event`, when the callback has returned. May be called twice."""
+        with self._lifecycle:
+            if self._closed:
+                return
+            self._closed = True
+            self._release_later = self._shift is not None and self._shift.is_mine()
         self.stop()
+        if not self._release_later:
+            self._release()
+
+    @property
+    def _present(self) -> _Shift:
+        assert self._shift is not None
+        return self._shift
+
+    def _release(self) -> None:
+        with self._lifecycle:
+            if self._released:
+                return
+            self._released = True
         self._samples.close()
         self._outbox.close()
         self._bundle.close()
         os.close(self._lock_file)
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise TaskError("this device is closed: open it again")
+
     def status(self) -> DeviceStatus:
-        """Where this device stands."""
+        """Where this device stands. Raises `TaskError` once it is closed."""
+        self._check_open()
         state, waiting = self._state, self._outbox.summary()
         step, steps = self._progress
         return DeviceStatus(
@@ -290,23 +335,40 @@ class EdgeDevice:
     def _put(self, event: talk.Event) -> None:
         self._events.put(event)
 
-    def _run(self) -> None:
+    def _run(self, shift: _Shift) -> None:
+        self._converse()
+        self._link.close()
+        self._leave(shift)
+
+    def _leave(self, shift: _Shift) -> None:
+        """At the end of each thread: a callback may have left the closing to the last."""
+        with self._lifecycle:
+            shift.present -= 1
+            last = shift.present == 0
+        if last and self._release_later:
+            self._release()
+
+    def _converse(self) -> None:
         while True:
             timeout = max(0.0, self._timers[0][0] - _now()) if self._timers else None
             try:
                 event = self._events.get(timeout=timeout)
             except queue.Empty:
-                self._fire()
+                self._guarded(self._fire)
                 continue
             if event is None:
                 return
-            try:
-                self._handle(event)
-            except StorageError as error:
-                self._held_disk(error)
-            except Exception as error:
-                log.exception("an event could not be handled: %s", type(event).__name__)
-                self._tell("error", f"{type(error).__name__}: {error}")
+            self._guarded(self._handle, event)
+
+    def _guarded(self, act: Callable[..., None], *arguments: Any) -> None:
+        """Nothing that goes wrong here may end the thread: the next event may mend it."""
+        try:
+            act(*arguments)
+        except StorageError as error:
+            self._held_disk(error)
+        except Exception as error:
+            log.exception("%s: an event could not be handled", self.config.id)
+            self._tell("error", f"{type(error).__name__}: {error}")
 
     def _handle(self, event: talk.Event | LinkEvent) -> None:
         match event:
@@ -336,12 +398,17 @@ class EdgeDevice:
             self._perform(effect)
 
     def _perform(self, effect: talk.Effect) -> None:
-        """Carry out an effect; what a full disk prevents does not keep the others from happening."""
+        """Carry out an effect; one that fails does not keep the others from happening. A full disk is tried again."""
         try:
             self._carry_out(effect)
         except StorageError as error:
             self._undone[repr(effect)] = effect
             self._held_disk(error)
+        except Exception as error:
+            log.exception("%s: %s could not be done", self.config.id, type(effect).__name__)
+            self._tell("error", f"{type(error).__name__}: {error}")
+            if isinstance(effect, talk.Connect):
+                self._put(talk.LinkDown(_now(), str(error)))  # or nobody would try again
 
     def _do_undone(self) -> None:
         """Once more what a full disk prevented."""
@@ -396,10 +463,10 @@ class EdgeDevice:
             case talk.VerifyBlob(name):
                 self._verify(name)
             case talk.StartTask(task):
-                self._tasks.put(task)
+                self._present.tasks.put(task)
                 self._tell("task_started", f"{task.program} of round {task.round}")
             case talk.CancelTask(task):
-                self._cancelled.add(task)
+                self._present.cancelled.add(task)
             case talk.DeleteEntry(upload, fate):
                 if fate == "accepted":
                     faults.point("D6")
@@ -411,7 +478,7 @@ class EdgeDevice:
             case talk.SaveCounter(counter):
                 self._outbox.set_meta("counter", str(counter))
             case talk.SetPaused(paused):
-                (self._held_back.set if paused else self._held_back.clear)()
+                (self._gateway_pause.set if paused else self._gateway_pause.clear)()
                 self._look()
             case talk.SetTimer(name, delay):
                 self._set_timer(name, delay)
@@ -701,13 +768,14 @@ class EdgeDevice:
 
     def _look(self) -> None:
         """Ask app, thermometer and disk; tell the conversation what they say."""
-        reason = self._obstacle(self._state.paused)
-        self._put(talk.Gate(_now(), reason))
-        if reason in (Paused.HEAT, Paused.DISK):
-            self._put_look_timer()
+        self._put_gate(self._obstacle(self._state.paused))
 
-    def _put_look_timer(self) -> None:
-        if threading.current_thread() is self._worker:
+    def _put_gate(self, reason: Paused) -> None:
+        """Tell the conversation; heat and disk do not say when they are over, so look again, whatever becomes of the task."""
+        self._put(talk.Gate(_now(), reason))
+        if reason not in (Paused.HEAT, Paused.DISK):
+            return
+        if self._shift is not None and threading.current_thread() is self._shift.worker:
             self._set_timer("look", _LOOK_AGAIN)
         else:
             self._put(_Look(_now()))
@@ -723,7 +791,7 @@ class EdgeDevice:
 
     def _brake(self, present: Paused) -> Paused:
         """What stops training between two steps: somebody's wish, or heat."""
-        if self._held_back.is_set():
+        if self._app_pause.is_set() or self._gateway_pause.is_set():
             return Paused.USER
         limit = self.config.limits.temperature_celsius
         if limit is not None:
@@ -734,23 +802,25 @@ class EdgeDevice:
 
     # The thread that trains.
 
-    def _train(self) -> None:
-        while (task := self._tasks.get()) is not None:
+    def _train(self, shift: _Shift) -> None:
+        while (task := shift.tasks.get()) is not None:
             try:
-                event = self._do(task)
+                event = self._do(task, shift)
             except Exception as error:
                 log.warning("%s: task %s failed", self.config.id, task.task, exc_info=True)
-                event = talk.TaskFailed(_now(), task.task, f"{type(error).__name__}: {error}"[:64])
-            self._cancelled.discard(task.task)
+                event = talk.TaskFailed(_now(), task.task, _reason(f"{type(error).__name__}: {error}"))
+            shift.cancelled.discard(task.task)
             self._progress = (0, 0)
-            if event is not None:
+            # After a stop only what was stored counts: the next start may have begun the same task again.
+            if isinstance(event, talk.TaskDone) or (event is not None and not shift.ending.is_set()):
                 self._report(event)
+        self._leave(shift)
 
     def _report(self, event: talk.Event) -> None:
         self._put(event)
         self._put(_OutboxGrew(_now()))
 
-    def _do(self, task: wire.Task) -> talk.Event | None:
+    def _do(self, task: wire.Task, shift: _Shift) -> talk.Event | None:
         if self._obstacle(Paused.NONE) is Paused.DISK:
             self._look()
             return talk.TaskPostponed(_now(), task.task)
@@ -773,39 +843,41 @@ class EdgeDevice:
                 self._samples,
                 profile=self._profile,
                 feedback=self._feedback(task),
-                before_step=lambda: self._before_step(task.task),
+                before_step=lambda: self._before_step(task.task, shift),
                 on_step=self._on_step,
                 seconds=self.config.limits.seconds,
             )
         except TaskCancelled:
             return None
-        except TaskError as error:
-            return talk.TaskFailed(_now(), task.task, str(error)[:64])
+        except EdgewiseError as error:
+            log.warning("%s: task %s cannot be done: %s", self.config.id, task.task, error)
+            return talk.TaskFailed(_now(), task.task, _reason(str(error)))
         faults.point("D1")
         try:
             self._store(task, outcome)
         except StorageError as error:
             self._held_disk(error)
             return talk.TaskPostponed(_now(), task.task)
+        except TaskError as error:
+            return talk.TaskFailed(_now(), task.task, _reason(str(error)))
         return talk.TaskDone(_now(), task.task)
 
     def _held_disk(self, error: StorageError) -> None:
         """The disk has just refused: hold training back, and look again later."""
         log.error("%s", error)
         self._tell("error", str(error))
-        self._put(talk.Gate(_now(), Paused.DISK))
-        self._put_look_timer()
+        self._put_gate(Paused.DISK)
 
-    def _before_step(self, task: str) -> None:
+    def _before_step(self, task: str, shift: _Shift) -> None:
         """Between two steps: predictions first, then pause and heat; the task may have been withdrawn."""
         self._courtesy.give_way()
         told = Paused.NONE
         while True:
-            if task in self._cancelled or self._worker is None:
+            if task in shift.cancelled or shift.ending.is_set():
                 raise TaskCancelled(f"task {task} was withdrawn")
             reason = self._brake(told)
             if reason is not told:
-                self._put(talk.Gate(_now(), reason))
+                self._put_gate(reason)
                 told = reason
             if reason is Paused.NONE:
                 return
@@ -862,6 +934,22 @@ class _OutboxGrew(talk.Event):
     """Read the outbox, on the thread that deletes from it: what the training thread sees may end before it is told."""
 
 
+class _Shift:
+    """The two threads of one `start`. A trainer that outlives its `stop` hears nothing of what the next one is told."""
+
+    def __init__(self, converse: Callable[[_Shift], None], train: Callable[[_Shift], None]) -> None:
+        self.present = 2
+        self.ending = threading.Event()
+        self.tasks: queue.Queue[wire.Task | None] = queue.Queue()
+        self.cancelled: set[str] = set()
+        self.worker = threading.Thread(target=converse, args=(self,), name="edgewise-device", daemon=True)
+        self.trainer = threading.Thread(target=train, args=(self,), name="edgewise-trainer", daemon=True)
+
+    def is_mine(self) -> bool:
+        """Whether one of its threads asks; neither can wait for itself."""
+        return threading.current_thread() in (self.worker, self.trainer)
+
+
 class _Courtesy:
     """Predictions go first: a step waits while one is under way, but not for ever."""
 
@@ -885,6 +973,12 @@ class _Courtesy:
         """Before a step."""
         with self._condition:
             self._condition.wait_for(lambda: self._serving == 0, timeout=_PATIENCE)
+
+
+def _reason(text: str) -> str:
+    """Why a task was declined, as the gateway may read it: without this device's paths, at most 64 characters."""
+    text = re.sub(r"(?<!\S)/[^:]*: ", "", text)
+    return text if len(text) <= 64 else text[:61].rsplit(" ", 1)[0].rstrip(",:;") + "..."
 
 
 def _is_blob(message: Message) -> bool:

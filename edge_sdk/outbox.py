@@ -5,7 +5,7 @@ Rules:
 1. WAL, `synchronous=FULL`. Entry, body, signed offer, residuals and "this task is done" are one transaction: before it the
    task has not happened, after it the update exists.
 2. The offer is signed once and sent again byte for byte.
-3. An entry leaves by a verified verdict or by the outbox policy, by nothing else.
+3. An entry leaves by a verified verdict, by nothing else: an outbox without room makes the device pause, and drops nothing.
 4. When the disk is full the transaction rolls back and `StorageError` is raised; what was stored stays.
 """
 
@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from edge_sdk.errors import StorageError
+from edge_sdk.database import storage_errors
+from edge_sdk.errors import StorageError, TaskError
 from edge_sdk.tensors import Array, Tensors, digest, pack, unpack
 from edge_sdk.wire import CHUNK, chunk_count, upload_name
 
@@ -74,7 +75,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Summary:
-    """What waits, and what became of the rest, since the database was made."""
+    """What waits, and what became of the rest, since the database was made. `dropped` stays 0 as long as rule 3 holds."""
 
     entries: int
     bytes: int
@@ -122,9 +123,14 @@ class Outbox:
         feedback: Tensors,
         sign: Callable[[Draft], bytes],
     ) -> Entry:
-        """Store an update and mark its task done, all or nothing. `number` is its round; `sign` makes the signed offer."""
+        """Store an update and mark its task done, all or nothing. `number` is its round; `sign` makes the signed offer.
+
+        Raises `TaskError` if the task was done before, `StorageError` if there is no room.
+        """
         name = digest(body)
         with self._lock, self._transaction():
+            if self._done(task):
+                raise TaskError(f"task {task} was done before: its update is stored or answered")
             row = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name='entry'").fetchone()
             seq = 1 if row is None else int(row[0]) + 1
             draft = Draft(upload_name(self.outbox_id, seq, name), self.outbox_id, seq, name, len(body))
@@ -144,20 +150,20 @@ class Outbox:
 
     def entries(self) -> list[Entry]:
         """Everything that waits, oldest first."""
-        with self._lock:
+        with self._reading():
             rows = self._db.execute("SELECT upload, seq, task, round, digest, size, offer FROM entry ORDER BY seq")
             return [Entry(*row) for row in rows]
 
     def chunk(self, upload: str, index: int) -> bytes | None:
         """One chunk of a body, None if it is not here."""
-        with self._lock:
+        with self._reading():
             row = self._db.execute(
                 "SELECT bytes FROM body JOIN entry USING (seq) WHERE upload=? AND idx=?", (upload, index)
             ).fetchone()
         return None if row is None else bytes(row[0])
 
     def delete(self, upload: str, fate: str) -> bool:
-        """Forget an entry: `fate` is `accepted`, `rejected` or `dropped`, and is counted. False if it was not here."""
+        """Forget an entry: `fate` is `accepted` or `rejected`, and is counted. False if it was not here."""
         with self._lock, self._transaction():
             row = self._db.execute("SELECT seq FROM entry WHERE upload=?", (upload,)).fetchone()
             if row is None:
@@ -187,13 +193,13 @@ class Outbox:
 
     def quarantined(self) -> list[tuple[str, str]]:
         """(upload, reason) of what is kept for diagnosis."""
-        with self._lock:
+        with self._reading():
             return list(self._db.execute("SELECT upload, reason FROM quarantine ORDER BY id"))
 
     def task_done(self, task: str) -> bool:
         """Whether this task was done before; it is never done twice."""
-        with self._lock:
-            return self._db.execute("SELECT 1 FROM done WHERE task=?", (task,)).fetchone() is not None
+        with self._reading():
+            return self._done(task)
 
     def has_room(self, size: int) -> bool:
         """Whether an update of so many bytes may be made: entries, bytes, and a fifth of the free disk."""
@@ -210,7 +216,7 @@ class Outbox:
 
     def summary(self) -> Summary:
         """Counts and bytes."""
-        with self._lock:
+        with self._reading():
             row = self._db.execute("SELECT count(*), coalesce(sum(size), 0), coalesce(min(round), 0) FROM entry")
             entries, size, oldest = row.fetchone()
             names = ("made", "accepted", "rejected", "dropped")
@@ -219,13 +225,13 @@ class Outbox:
 
     def feedback(self, program: str) -> dict[str, Array]:
         """The residuals that the last update of this program left behind."""
-        with self._lock:
+        with self._reading():
             row = self._db.execute("SELECT tensors FROM feedback WHERE program=?", (program,)).fetchone()
         return {} if row is None else unpack(bytes(row[0]))[0]
 
     def meta(self, key: str) -> str | None:
         """A named value."""
-        with self._lock:
+        with self._reading():
             return self._meta(key)
 
     def set_meta(self, key: str, value: str) -> None:
@@ -237,7 +243,7 @@ class Outbox:
 
     def part(self, name: str) -> tuple[int, bytes] | None:
         """(size, bitmap) of a blob that is being fetched."""
-        with self._lock:
+        with self._reading():
             row = self._db.execute("SELECT size, bitmap FROM part WHERE digest=?", (name,)).fetchone()
         return None if row is None else (int(row[0]), bytes(row[1]))
 
@@ -253,17 +259,17 @@ class Outbox:
 
     def parts(self) -> list[str]:
         """The digests of the blobs that are being fetched."""
-        with self._lock:
+        with self._reading():
             return [row[0] for row in self._db.execute("SELECT digest FROM part ORDER BY digest")]
 
     def limit_pages(self, pages: int | None) -> None:
         """Let SQLite refuse to grow beyond so many pages (None: no limit), as a full disk would."""
-        with self._lock:
+        with self._reading():
             self._db.execute(f"PRAGMA max_page_count={pages or 1_073_741_823:d}")
 
     def pages(self) -> int:
         """The size of the file in pages."""
-        with self._lock:
+        with self._reading():
             return int(self._db.execute("PRAGMA page_count").fetchone()[0])
 
     def close(self) -> None:
@@ -274,6 +280,9 @@ class Outbox:
     def _meta(self, key: str) -> str | None:
         row = self._db.execute("SELECT value FROM meta WHERE key=?", (key,)).fetchone()
         return None if row is None else str(row[0])
+
+    def _done(self, task: str) -> bool:
+        return self._db.execute("SELECT 1 FROM done WHERE task=?", (task,)).fetchone() is not None
 
     def _count(self, name: str) -> None:
         self._db.execute(
@@ -286,18 +295,18 @@ class Outbox:
         self._db.execute("DELETE FROM done WHERE id<=(SELECT max(id) FROM done)-?", (_DONE_KEPT,))
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
+    def _reading(self) -> Iterator[None]:
+        with self._lock, storage_errors(self._path, "the outbox cannot be read"):
             yield
-            self._db.execute("COMMIT")
-        except sqlite3.Error as error:
-            self._rollback()
-            raise StorageError(f"{self._path}: the update cannot be stored ({error}); free some disk space") from error
-        except BaseException:
-            self._rollback()
-            raise
 
-    def _rollback(self) -> None:
-        if self._db.in_transaction:
-            self._db.execute("ROLLBACK")
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with storage_errors(self._path, "the outbox cannot be written"):
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_sdk.bundle import HeldOut
+from edge_sdk.database import storage_errors
 from edge_sdk.errors import SampleError, StorageError
 from edge_sdk.fields import INPUT, TARGET, FieldSpec, check_batch
 from edge_sdk.tensors import Array
@@ -125,7 +126,7 @@ class SampleStore:
         return self._split(held_out)[1]
 
     def _split(self, held_out: HeldOut) -> tuple[Ids, Ids]:
-        with self._lock:
+        with self._reading():
             rows = self._db.execute("SELECT recording, id FROM sample ORDER BY recording, id").fetchall()
         recordings: dict[str, list[int]] = {}
         for recording, sample_id in rows:
@@ -142,30 +143,42 @@ class SampleStore:
 
     def read(self, ids: Ids) -> dict[str, Array]:
         """The samples of these ids, in this order, as a batch by field name. Raises `SampleError` for an id that is gone."""
+        stored, batch = self.read_stored(ids)
+        if len(stored) < len(ids):
+            absent = np.setdiff1d(ids, stored)
+            raise SampleError(f"{self._path}: sample {absent[0]} is no longer stored")
+        return batch
+
+    def read_stored(self, ids: Ids) -> tuple[Ids, dict[str, Array]]:
+        """Those of these ids that are still stored, in this order, and their samples as `read` gives them."""
         found: dict[int, bytes] = {}
         wanted = [int(sample_id) for sample_id in ids]
-        with self._lock:
+        with self._reading():
             for first in range(0, len(wanted), _READ_AT_ONCE):
                 part = wanted[first : first + _READ_AT_ONCE]
                 marks = ",".join("?" * len(part))
                 found.update(self._db.execute(f"SELECT id, data FROM sample WHERE id IN ({marks})", part))  # noqa: S608
-        absent = [sample_id for sample_id in wanted if sample_id not in found]
-        if absent:
-            raise SampleError(f"{self._path}: sample {absent[0]} is no longer stored")
-        joined = np.frombuffer(b"".join(found[i] for i in wanted), np.uint8).reshape(len(wanted), self._sample_bytes)
+        stored = [sample_id for sample_id in wanted if sample_id in found]
+        joined = np.frombuffer(b"".join(found[i] for i in stored), np.uint8).reshape(len(stored), self._sample_bytes)
         batch: dict[str, Array] = {}
         begin = 0
         for name, field in self._fields.items():
             column = np.ascontiguousarray(joined[:, begin : begin + field.nbytes])
-            batch[name] = column.view(field.dtype).reshape(len(wanted), *field.shape)
+            batch[name] = column.view(field.dtype).reshape(len(stored), *field.shape)
             begin += field.nbytes
-        return batch
+        return np.array(stored, np.int64), batch
 
     def has(self, recording: str) -> bool:
         """Whether a sample of this recording is stored."""
-        with self._lock:
+        with self._reading():
             row = self._db.execute("SELECT 1 FROM sample WHERE recording=? LIMIT 1", (recording,)).fetchone()
         return row is not None
+
+    def oldest(self) -> int:
+        """The smallest id stored, 0 if there is none: of the ids ever given, those below are gone, the others stored."""
+        with self._reading():
+            row = self._db.execute("SELECT min(id) FROM sample").fetchone()
+        return int(row[0] or 0)
 
     @property
     def bytes(self) -> int:
@@ -173,7 +186,7 @@ class SampleStore:
         return len(self) * self._sample_bytes
 
     def __len__(self) -> int:
-        with self._lock:
+        with self._reading():
             return self._count()
 
     def close(self) -> None:
@@ -185,18 +198,18 @@ class SampleStore:
         return int(self._db.execute("SELECT count(*) FROM sample").fetchone()[0])
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
+    def _reading(self) -> Iterator[None]:
+        with self._lock, storage_errors(self._path, "samples cannot be read"):
             yield
-            self._db.execute("COMMIT")
-        except sqlite3.Error as error:
-            self._rollback()
-            raise StorageError(f"{self._path}: samples cannot be stored ({error}); free some disk space") from error
-        except BaseException:
-            self._rollback()
-            raise
 
-    def _rollback(self) -> None:
-        if self._db.in_transaction:
-            self._db.execute("ROLLBACK")
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with storage_errors(self._path, "samples cannot be stored"):
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise

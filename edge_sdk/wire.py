@@ -39,7 +39,7 @@ RESERVED: Final = (AGGREGATOR, ENROLLER, "sparkplug", "bridge")
 _DEPTH, _NODES = 8, 4096
 _SIGNATURE_TEXT = 88  # base64 of 64 bytes
 
-_SEGMENT = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+SEGMENT: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 _UPLOAD = re.compile(r"[0-9a-f]{8}-[0-9]{8,16}-[0-9a-f]{12}")
 _INDEX = re.compile(r"0|[1-9][0-9]{0,9}")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
@@ -166,7 +166,7 @@ def _hex(digits: int) -> Check:
 
 
 _u32, _u53 = _whole((1 << 32) - 1), _whole((1 << 53) - 1)
-_id = _matches(_SEGMENT, "1 to 32 lower-case letters, digits and hyphens")
+_id = _matches(SEGMENT, "1 to 32 lower-case letters, digits and hyphens")
 
 
 def _value(check: Check, **more: Any) -> Any:
@@ -463,7 +463,7 @@ class Address:
         for name, value in (("site", self.site), ("job", self.job)):
             _id(value, name)
         levels = self.prefix.split("/") if self.prefix else []
-        if len(levels) > 6 or any(not _SEGMENT.fullmatch(level) for level in levels):
+        if len(levels) > 6 or any(not SEGMENT.fullmatch(level) for level in levels):
             _refuse("prefix", self.prefix, "at most 6 segments of lower-case letters, digits and hyphens")
 
     @property
@@ -547,7 +547,7 @@ class Address:
             case ["dev", device, "up", "status" | "offer" | "fetch" | "metrics" | "reply" as kind]:
                 parsed = Parsed(kind, device)
             case ["dev", device, "up", "chunk", ingest, upload, index] if (
-                _SEGMENT.fullmatch(ingest) and _UPLOAD.fullmatch(upload) and _INDEX.fullmatch(index)
+                SEGMENT.fullmatch(ingest) and _UPLOAD.fullmatch(upload) and _INDEX.fullmatch(index)
             ):
                 parsed = Parsed("chunk", device, upload=upload, index=int(index), ingest=ingest)
             case ["dev", device, "down", "ack" as kind]:
@@ -560,7 +560,7 @@ class Address:
                 parsed = Parsed("blob", device, digest=digest, index=int(index))
             case _:
                 return None
-        return parsed if _SEGMENT.fullmatch(parsed.device or "") else None
+        return parsed if SEGMENT.fullmatch(parsed.device or "") else None
 
 
 def upload_name(outbox_id: str, seq: int, digest: str) -> str:

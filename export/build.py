@@ -149,6 +149,8 @@ def build_bundle(
     trains. `classes` names the labels. Raises `ExportError`; nothing is written then.
     """
     path = Path(path)
+    if not path.absolute().parent.is_dir():
+        raise SpecError(f"{path}: its folder does not exist")
     loss_rule = loss_named(loss)
     x, y = _checked_example(example, loss_rule)
     if not programs:

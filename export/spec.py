@@ -161,11 +161,15 @@ def _model(spec: Spec) -> Any:
     sys.path.insert(0, folder)
     try:
         make = getattr(importlib.import_module(module_name), function)
-    except (ImportError, AttributeError) as error:
-        raise SpecError(f"{spec.path}: model = {spec.model!r} cannot be imported: {error}") from error
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+        raise SpecError(f"{spec.path}: model = {spec.model!r} cannot be imported: {told}") from error
     finally:
         sys.path.remove(folder)
-    module = make()
+    try:
+        module = make()
+    except Exception as error:
+        raise SpecError(f"{spec.path}: {spec.model}() failed: {type(error).__name__}: {error}") from error
     if spec.weights is not None:
         from safetensors import SafetensorError
         from safetensors.torch import load_file

@@ -114,6 +114,14 @@ def test_an_upload_is_verified_when_complete_and_accepted_when_verified() -> Non
     assert state.uploads == {}
 
 
+def told(effects: Sequence[intake.Effect]) -> list[rounds.Event]:
+    return [effect.event for effect in effects if isinstance(effect, intake.Tell)]
+
+
+def declined(reason: str, now: int = 0) -> rounds.Declined:
+    return rounds.Declined(now, "d1", task_of("d1"), f"update refused: {reason}")
+
+
 REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("another key", {}, {"signature_ok": False}, "bad_signature"),
     ("another body under an accepted number", {}, {"recorded": "e" * 64}, "seq_conflict"),
@@ -141,6 +149,9 @@ def test_an_offer_is_refused_with_its_reason_and_nothing_is_stored(
     assert "StoreOffer" not in kinds(effects)
     assert ("Alarm" in kinds(effects)) == (reason in ("bad_signature", "seq_conflict"))
     assert state.uploads == {}
+    # Nobody waits for an answer that was refused; what is unsigned, or about another task, decides nothing.
+    was_its_answer = "task" not in changes and known.get("signature_ok", True) and not known.get("answered", False)
+    assert told(effects) == ([declined(reason)] if was_its_answer else [])
 
 
 def test_an_offer_that_is_in_the_ledger_is_accepted_again_without_storing_anything() -> None:
@@ -189,7 +200,8 @@ def test_sixteen_wrong_chunks_end_an_upload_with_an_alarm() -> None:
         state, effects = chunk(state, 99)
         assert effects == ()
     state, effects = chunk(state, 0, size=3)
-    assert kinds(effects) == ["DropOffer", "Refuse", "Alarm", "SendAck"]
+    assert kinds(effects) == ["DropOffer", "Refuse", "Alarm", "Tell", "SendAck"]
+    assert told(effects) == [declined("bad_geometry")]
     state, effects = chunk(state, 0)
     assert (effects, state.ignored["orphan_chunk"]) == ((), 1)
 
@@ -201,7 +213,7 @@ def test_a_wrong_digest_starts_the_transfer_again_once() -> None:
             state, effects = chunk(state, index)
         assert "Verify" in kinds(effects)
         state, effects = intake.step(state, intake.VerifyFailed(1, "d1", offer().upload, "digest", again=True))
-    assert kinds(effects) == ["DropOffer", "Refuse", "SendAck"]
+    assert kinds(effects) == ["DropOffer", "Refuse", "Tell", "SendAck"]
     assert acks(effects) == [("rejected", "bad_content")]
 
 
@@ -211,6 +223,14 @@ def test_bad_content_is_refused_at_once() -> None:
         state, _ = chunk(state, index)
     _, effects = intake.step(state, intake.VerifyFailed(1, "d1", offer().upload, "NaN", again=False))
     assert acks(effects) == [("rejected", "bad_content")]
+    assert told(effects) == [declined("bad_content", now=1)]
+
+
+def test_a_refused_offer_beside_an_upload_of_the_same_task_declines_nothing() -> None:
+    state, _ = offered(opened("d1"), offer())
+    _, effects = offered(state, offer(base="c" * 64, seq=2))
+    assert acks(effects) == [("rejected", "wrong_base")]
+    assert told(effects) == []
 
 
 def test_a_silent_upload_is_asked_three_times_and_then_reaped() -> None:

@@ -139,15 +139,100 @@ def test_devices_that_decline_do_not_hold_up_the_round() -> None:
     assert state.phase is Phase.MERGE
 
 
-def test_when_all_decline_the_phase_waits_for_others_until_its_deadline() -> None:
+def test_an_update_that_comes_after_its_task_was_declined_counts_while_the_phase_is_open() -> None:
     state = started(UNGATED)
-    declined = [rounds.Declined(9, device, state.tasks[device].task, "no samples") for device in DEVICES]
-    state, _ = drive(state, *declined)
-    assert (state.phase, state.count(Answer.DECLINED)) == (Phase.TRAIN, 3)
-    state, effects = drive(state, rounds.DeviceSeen(20, "d4"))
+    state, _ = drive(state, rounds.Declined(9, "d3", state.tasks["d3"].task, "update refused"), *answers(state, ["d3"]))
+    assert (state.tasks["d3"].answer, state.count(Answer.DECLINED)) == (Answer.ANSWERED, 0)
+
+
+def declined_by(state: Rounds, devices: Sequence[str], now: int = 9) -> list[rounds.Event]:
+    return [rounds.Declined(now, device, state.tasks[device].task, "no samples") for device in devices]
+
+
+def test_a_round_that_all_decline_ends_at_once_with_their_reasons_and_does_not_count() -> None:
+    state = started(UNGATED)
+    state, effects = drive(state, *declined_by(state, DEVICES))
+    (finished,) = of(effects, rounds.FinishRound)
+    assert isinstance(finished, rounds.FinishRound)
+    assert finished.outcome is Outcome.EMPTY
+    assert finished.reason == "0 of at least 1 updates arrived; d1: no samples; d2: no samples; d3: no samples"
+    assert (state.round, state.uncounted, state.phase) == (2, 1, Phase.WAIT)
+    closed = [effect for effect in effects if isinstance(effect, rounds.ClosePhase)]
+    assert [sorted(effect.declined) for effect in closed] == [list(DEVICES)]
+
+
+def test_devices_that_declined_are_asked_again_after_a_pause() -> None:
+    state = started(UNGATED)
+    state, effects = drive(state, *declined_by(state, DEVICES), rounds.DeviceSeen(10, "d1"))
+    assert effects[-1] == rounds.SetDeadline(1009)  # a second, at least
+    assert state.phase is Phase.WAIT
+    state, effects = drive(state, rounds.DeadlinePassed(1009))
+    assert state.phase is Phase.TRAIN
     assert len(of(effects, rounds.IssueTasks)) == 1
-    state, _ = drive(state, *answers(state, ["d4"]))
-    assert state.phase is Phase.MERGE
+    for number in (2, 3):  # the job has two rounds, whatever its devices declined
+        assert state.round == number
+        state, _ = drive(state, *answers(state, DEVICES), rounds.Merged(1020, CANDIDATE))
+    assert state.phase is Phase.DONE
+
+
+def test_a_device_that_comes_ends_the_pause() -> None:
+    state = started(UNGATED)
+    state, _ = drive(state, *declined_by(state, DEVICES))
+    again, _ = drive(rounds.from_json(UNGATED, rounds.to_json(state)), rounds.Restarted(10))
+    assert again.phase is Phase.WAIT
+    again, _ = drive(again, rounds.DeviceSeen(11, "d4"))
+    assert (again.phase, len(again.tasks)) == (Phase.TRAIN, 4)
+
+
+def test_pauses_grow_up_to_the_deadline_of_a_round() -> None:
+    settings = Settings(rounds=1, nonce="n", devices_wait=3, deadline_ms=100_000, evaluates=False)
+    state, now, pauses = started(settings), 0, []
+    for _ in range(22):
+        state, effects = drive(state, *declined_by(state, DEVICES, now))
+        (timer,) = [effect for effect in effects if isinstance(effect, rounds.SetDeadline)]
+        assert timer.at is not None
+        pauses.append(timer.at - now)
+        now = timer.at
+        state, _ = drive(state, rounds.DeadlinePassed(now))
+    assert pauses[:3] == [5_000, 10_000, 15_000]
+    assert pauses[-3:] == [100_000] * 3
+
+
+def test_a_phase_waits_for_others_when_fewer_than_the_minimum_were_asked() -> None:
+    state = started(Settings(rounds=1, nonce="n", minimum=2, evaluates=False), ["d1"])
+    state, _ = drive(state, *answers(state, ["d1"]))
+    assert state.phase is Phase.TRAIN
+    state, _ = drive(state, rounds.DeviceSeen(20, "d2"))
+    state, effects = drive(state, *declined_by(state, ["d2"], 30))
+    assert of(effects, rounds.SetAside) == [rounds.SetAside(1, Phase.TRAIN, "too_few_updates")]
+    assert (state.round, state.uncounted) == (2, 1)
+
+
+def test_an_initial_model_that_nobody_can_measure_is_measured_when_they_can() -> None:
+    state = started(GATED)
+    state, _ = drive(state, *declined_by(state, DEVICES), rounds.Judged(20, True, "0 devices"))
+    assert (state.round, state.phase) == (1, Phase.MEASURE)
+    state, _ = drive(state, *declined_by(state, DEVICES, 30))
+    assert (state.round, state.phase) == (1, Phase.TRAIN)
+    state, _ = drive(state, *declined_by(state, DEVICES, 40), rounds.DeadlinePassed(1040))
+    assert (state.round, state.phase) == (2, Phase.MEASURE)
+    state, _ = drive(state, *answers(state, DEVICES, 1050))
+    assert (state.phase, state.measures) == (Phase.TRAIN, False)
+
+
+def test_after_a_rollback_the_model_is_measured_again_before_one_trains() -> None:
+    state, _ = drive(started(GATED), *answers(started(GATED), DEVICES), rounds.Judged(20, True, ""))
+    state, _ = drive(state, *answers(state, DEVICES, 30), rounds.Merged(40, CANDIDATE))
+    state, effects = drive(state, *answers(state, DEVICES, 50), rounds.Judged(60, False, "worse"))
+    (issue,) = of(effects, rounds.IssueTasks)
+    assert isinstance(issue, rounds.IssueTasks)
+    assert (issue.round, issue.phase, issue.start) == (2, Phase.MEASURE, MODEL)
+    assert (state.phase_deadline, state.deadline) == (60 + 300, 1060)
+    state, _ = drive(state, rounds.DeadlinePassed(360))
+    assert (state.phase, state.phase_deadline) == (Phase.TRAIN, 760)
+    state, _ = drive(state, *answers(state, DEVICES, 400), rounds.Merged(410, CANDIDATE))
+    state, _ = drive(state, *answers(state, DEVICES, 420), rounds.Judged(430, True, "better"))
+    assert (state.phase, state.model, state.measures) == (Phase.DONE, CANDIDATE, False)
 
 
 def test_a_lost_device_does_not_stop_the_round() -> None:
@@ -241,4 +326,4 @@ def test_whatever_happens_rounds_end_in_order_and_each_has_one_outcome(
         assert state.model == accepted
     first = 0 if evaluates else 1
     assert finished == list(range(first, first + len(finished)))
-    assert all(number <= settings.rounds for number in finished)
+    assert all(number - state.uncounted <= settings.rounds for number in finished)

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from devices.cli import make_keys
 from devices.registry import Entry, Registry, RegistryError
+from edge_sdk import EdgeDevice
 from edge_sdk.cli import main
 from edge_sdk.config import DeviceConfig
 from edge_sdk.keys import SigningKey, VerifyKey
+from tests.tiny_bundle import tiny_bundle
 
 
 def add(tmp_path: Path, device: str = "press-04") -> int:
@@ -98,3 +101,54 @@ def test_the_list_names_every_device(site: Path, capsys: pytest.CaptureFixture[s
     capsys.readouterr()
     assert main(["devices", "list", "--registry", str(site / "devices.json"), "--json"]) == 0
     assert [entry["id"] for entry in json.loads(capsys.readouterr().out)] == ["press-04", "press-05"]
+
+
+def test_a_device_never_gets_the_private_control_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = _arguments(tmp_path, control=tmp_path / "keys" / "control.key")
+    assert main(arguments) == 3
+    assert "control.key: not an unencrypted Ed25519 public key" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"--control-key": "missing.pub"}, "missing.pub: cannot be read"),
+        ({"--site": "BREMEN!"}, "site 'BREMEN!' must be 1 to 32"),
+        ({"--broker": "foo"}, "broker 'foo' must be an address"),
+        ({"--registry": "nowhere/devices.json"}, "nowhere/devices.json: its folder does not exist"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_a_key_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, str], complaint: str
+) -> None:
+    arguments = _arguments(tmp_path, control=tmp_path / "keys" / "control.pub")
+    for option, value in change.items():
+        arguments[arguments.index(option) + 1] = value
+    assert main(arguments) == 3
+    complaints = capsys.readouterr().err
+    assert complaint in complaints
+    assert len(complaints.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bundle_that_is_here_is_copied_so_that_the_folder_is_all_a_device_needs(tmp_path: Path) -> None:
+    arguments = _arguments(tmp_path, control=tmp_path / "keys" / "control.pub")
+    arguments[arguments.index("--bundle") + 1] = str(tiny_bundle(tmp_path / "tiny.bundle"))
+    assert main(arguments) == 0
+    with EdgeDevice.open(tmp_path / "out" / "device.toml") as device:
+        assert device.status().device == "press-09"
+
+
+def _arguments(folder: Path, *, control: Path) -> list[str]:
+    make_keys(folder / "keys")
+    options = {
+        "--registry": str(folder / "devices.json"),
+        "--out": str(folder / "out"),
+        "--site": "bremen",
+        "--job": "tiny",
+        "--broker": "mqtt://127.0.0.1:18830",
+        "--bundle": "model.bundle",
+        "--control-key": str(control),
+    }
+    return ["devices", "add", "press-09", *(part for pair in options.items() for part in pair)]

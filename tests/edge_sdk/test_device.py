@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +18,9 @@ import pytest
 from edge_sdk import DeviceEvent, EdgeDevice
 from edge_sdk import conversation as talk
 from edge_sdk.config import DeviceConfig
+from edge_sdk.device import _Look, _reason
 from edge_sdk.errors import StorageError, TaskError
+from edge_sdk.wire import Paused
 from tests.system.site import Site, until
 from tests.tiny_bundle import HEAD, LORA, tiny_data
 
@@ -106,6 +113,59 @@ def test_training_waits_until_the_device_is_cooler(tmp_path: Path) -> None:
     assert status.history[-1].merged == 1
 
 
+def test_a_task_that_is_withdrawn_in_the_heat_leaves_nobody_paused(tmp_path: Path) -> None:
+    zone = tmp_path / "zones" / "thermal_zone0"
+    zone.mkdir(parents=True)
+    (zone / "temp").write_text("81000\n")
+    site = Site(tmp_path, ["a"], job={"rounds": 1, "round.deadline_seconds": 2}, limits={"temperature_celsius": 75})
+    config = DeviceConfig.load(site.config("a"))
+    events: list[str] = []
+    with (
+        site.service(),
+        EdgeDevice(
+            config, thermal_zones=tmp_path / "zones", on_event=lambda event: events.append(event.kind)
+        ) as device,
+    ):
+        device.start()
+        until(lambda: device.status().paused == "heat")
+        until(lambda: "task_cancelled" in events)
+        (zone / "temp").write_text("40000\n")
+        until(lambda: device.status().paused == "none", 5)
+
+
+def test_an_outbox_that_cannot_be_read_for_a_while_does_not_end_the_conversation(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["a"], job={"rounds": 1})
+    events: list[DeviceEvent] = []
+    with EdgeDevice.open(site.config("a"), on_event=events.append) as device:
+        device.start()  # nobody answers: it tries again by a timer
+        until(lambda: "offline" in [event.kind for event in events])
+        with contextlib.closing(sqlite3.connect(tmp_path / "a" / "store" / "outbox.sqlite")) as other:
+            other.execute("ALTER TABLE entry RENAME TO lost")
+            until(lambda: any("outbox cannot be read" in event.detail for event in events))
+            other.execute("ALTER TABLE lost RENAME TO entry")
+        with site.service() as running:
+            assert running.wait().history[-1].merged == 1
+
+
+def test_an_unforeseen_error_in_a_timer_does_not_end_the_conversation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_sdk.device._LOOK_AGAIN", 0.1)
+    site = Site(tmp_path, ["a"], samples=5)
+    zones = tmp_path / "zones"
+    events: list[DeviceEvent] = []
+    with EdgeDevice.open(site.config("a"), on_event=events.append) as device:
+        device._thermal_zones = None  # type: ignore[assignment]
+        device.config = replace(device.config, limits=replace(device.config.limits, temperature_celsius=75))
+        device.start()
+        device._put(talk.Gate(0.0, Paused.HEAT))
+        device._put(_Look(0.0))
+        until(lambda: any("AttributeError" in event.detail for event in events))
+        device._thermal_zones = zones
+        device._put(_Look(0.0))
+        until(lambda: device.status().paused == "none", 5)
+
+
 def test_a_callback_that_fails_changes_nothing(tmp_path: Path) -> None:
     site = Site(tmp_path, ["a"], job={"rounds": 1})
 
@@ -154,6 +214,100 @@ def test_a_device_is_closed_once_and_for_all(tmp_path: Path) -> None:
         device.start()
 
 
+def test_a_pause_ends_when_whoever_wanted_it_ends_it(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["a"], samples=5)
+    with EdgeDevice.open(site.config("a")) as device:
+        device.start()
+        device.pause()
+        device._perform(talk.SetPaused(False))  # the gateway's RESUME
+        until(lambda: device.status().paused == "user")
+        device._perform(talk.SetPaused(True))
+        device.start()
+        assert device._brake(Paused.NONE) is Paused.USER
+        device._perform(talk.SetPaused(False))
+        until(lambda: device.status().paused == "none")
+
+
+def test_a_callback_may_stop_and_the_app_may_start_again(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["a"], job={"rounds": 1})
+    devices: list[EdgeDevice] = []
+    events: list[str] = []
+
+    def stop_when_offline(event: DeviceEvent) -> None:
+        events.append(event.kind)
+        if event.kind == "offline" and "stopped" not in events:
+            devices[0].stop()
+            with pytest.raises(TaskError, match="let on_event return"):
+                devices[0].start()
+            events.append("stopped")
+
+    with EdgeDevice.open(site.config("a"), on_event=stop_when_offline) as device:
+        devices.append(device)
+        device.start()
+        until(lambda: "stopped" in events)
+        device.stop()  # waits until the one of the callback is done
+        assert "error" not in events
+        device.start()
+        with site.service() as running:
+            assert running.wait().history[-1].merged == 1
+
+
+def test_a_callback_may_close_and_all_files_are_closed_after_it(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["a"], samples=5)
+    devices: list[EdgeDevice] = []
+    events: list[str] = []
+
+    def close(event: DeviceEvent) -> None:
+        events.append(event.kind)
+        devices[0].close()
+
+    device = EdgeDevice.open(site.config("a"), on_event=close)
+    devices.append(device)
+    device.start()
+    until(lambda: device._released)
+    assert events == ["offline"]
+    EdgeDevice.open(site.config("a")).close()  # its lock is free
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        EdgeDevice.status,
+        EdgeDevice.start,
+        EdgeDevice.pause,
+        lambda device: device.record([0.0] * 4, 1),
+        lambda device: device.has_recording("all"),
+    ],
+)
+def test_a_closed_device_says_what_to_do(tmp_path: Path, use: Callable[[EdgeDevice], Any]) -> None:
+    site = Site(tmp_path, ["a"], samples=5)
+    device = EdgeDevice.open(site.config("a"))
+    device.close()
+    with pytest.raises(TaskError, match="open it again"):
+        use(device)
+
+
+def test_a_trainer_that_outlives_its_stop_takes_nothing_from_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_sdk.device._GRACE", 0.2)
+    site = Site(tmp_path, ["a"], job={"rounds": 1})
+    stepping, go_on = threading.Event(), threading.Event()
+    with site.service() as running, EdgeDevice.open(site.config("a")) as device:
+        monkeypatch.setattr(device, "_on_step", lambda *_: (stepping.set(), go_on.wait()))  # one long step
+        device.start()
+        first = device._present.trainer
+        assert stepping.wait(20)
+        device.stop()
+        monkeypatch.undo()
+        device.start()
+        assert first.is_alive()
+        go_on.set()
+        until(lambda: not first.is_alive())
+        assert device._present.trainer.is_alive()
+        assert running.wait().history[-1].merged == 1
+
+
 def test_a_second_process_on_one_store_is_refused(tmp_path: Path) -> None:
     site = Site(tmp_path, ["a"])
     with EdgeDevice.open(site.config("a")):
@@ -176,3 +330,31 @@ def test_an_update_that_ends_while_the_next_one_is_reported_is_not_offered_for_e
         while not device._events.empty():
             device._handle(device._events.get())
         assert [head.upload for head in device._state.queue] == [entries[1].upload]
+
+
+def test_an_app_that_records_into_a_full_store_does_not_end_the_task(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["a"], job={"rounds": 1, "task.steps": 800}, samples=60, limits={"sample_bytes": 60 * 24})
+    events: list[DeviceEvent] = []
+    x, y = tiny_data(12, seed=3)
+    with site.service() as running, EdgeDevice.open(site.config("a"), on_event=events.append) as device:
+        device.start()
+        until(lambda: device.status().step > 5)
+        for index in range(12):
+            device.record(x[index], y[index], recording="all")
+        assert device.status().task is not None  # it trained all the while
+        assert running.wait().history[-1].merged == 1
+    assert "declined" not in [event.kind for event in events]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("/a b/samples.sqlite: samples cannot be read (disk I/O error)", "samples cannot be read (disk I/O error)"),
+        (
+            "0 training samples, at least 1 needed: record more (program 'tiny/head/float')",
+            "0 training samples, at least 1 needed: record more (program...",
+        ),
+    ],
+)
+def test_the_reason_of_a_declined_task_is_short_and_tells_no_path(text: str, reason: str) -> None:
+    assert _reason(text) == reason

@@ -92,7 +92,9 @@ def test_a_task_that_used_up_its_time_ends_with_what_it_has(bundle: Bundle, stor
 
 def test_a_device_without_samples_cannot_do_the_task(bundle: Bundle, tmp_path: Path) -> None:
     empty = SampleStore(tmp_path / "empty.db", bundle.fields, max_bytes=1 << 20)
-    with pytest.raises(TaskError, match="0 training samples, program 'tiny/head/float' needs at least 1: record more"):
+    with pytest.raises(
+        TaskError, match=r"0 training samples, at least 1 needed: record more \(program 'tiny/head/float'\)"
+    ):
         run(bundle, empty, replace(SPEC, program=HEAD))
 
 
@@ -109,3 +111,57 @@ def test_steps_draw_whole_batches_across_passes(bundle: Bundle, store: SampleSto
     run(bundle, store, on_step=lambda result, done, of: sizes.append(result.num_examples))
     assert sizes == [16] * 40
     assert np.sum(sizes) > 2 * 159
+
+
+def full_store(bundle: Bundle, folder: Path, count: int) -> SampleStore:
+    size = sum(field.nbytes for field in bundle.fields)
+    store = SampleStore(folder / "full.db", bundle.fields, max_bytes=count * size)
+    store.add_many(*tiny_data(count), recording="one")
+    return store
+
+
+@pytest.mark.parametrize("length", [{"steps": 60, "epochs": 0}, {"steps": 0, "epochs": 6}])
+def test_a_task_goes_on_while_a_full_store_lets_samples_go(
+    bundle: Bundle, tmp_path: Path, length: dict[str, int]
+) -> None:
+    store = full_store(bundle, tmp_path, 200)
+    eligible = store.train_ids(bundle.held_out)
+    x, y = tiny_data(100, seed=4)
+    recorded = iter(range(100))
+    sizes: list[int] = []
+
+    def record_two() -> None:
+        for index in (next(recorded), next(recorded)) if len(sizes) < 50 else ():
+            store.add(x[index], y[index], recording="one")
+
+    spec = replace(SPEC, **length)
+    outcome = run(
+        bundle, store, spec, before_step=record_two, on_step=lambda result, done, of: sizes.append(result.num_examples)
+    )
+    assert store.oldest() > 80
+    assert outcome.metrics["loss_last"] < outcome.metrics["loss_first"]
+    assert len(eligible) - 100 <= outcome.num_examples < len(eligible)
+    if spec.steps:
+        assert sizes == [16] * 60  # another sample takes the place of one that is gone
+
+
+def test_an_evaluation_counts_what_is_still_there(bundle: Bundle, tmp_path: Path) -> None:
+    store = full_store(bundle, tmp_path, 200)
+    x, y = tiny_data(170, seed=4)
+    program = bundle.program("tiny/evaluate/head/float")
+
+    def record_once() -> None:
+        if not store.has("two"):
+            store.add_many(x, y, recording="two")
+
+    spec = replace(SPEC, program=program.id, steps=0, epochs=1)
+    outcome = run(bundle, store, spec, before_step=record_once)
+    counts = decode_update(outcome.body, program, bundle.tensors, {})
+    assert counts["evaluate.total"].sum() == outcome.num_examples == 30
+
+
+def test_a_task_ends_when_too_few_of_its_samples_are_left(bundle: Bundle, tmp_path: Path) -> None:
+    store = full_store(bundle, tmp_path, 20)
+    x, y = tiny_data(20, seed=4)
+    with pytest.raises(TaskError, match="0 training samples are still stored, at least 1 needed"):
+        run(bundle, store, before_step=lambda: store.add_many(x, y, recording="two"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_sdk import wire
+from edge_sdk.bundle import Bundle
 from edge_sdk.errors import EdgewiseError
 from edge_sdk.wire import WireError, decode
 from tests.security.parsers import PARSERS
@@ -66,6 +69,23 @@ def test_hostile_json_costs_less_than_ten_milliseconds(piece: bytes) -> None:
                 decode(kind, piece, address=HERE)
         spent.append((time.perf_counter() - began) / len(wire.KINDS))
     assert min(spent) < 0.01
+
+
+@pytest.mark.parametrize("name", ["job", "registry", "config"])
+@pytest.mark.parametrize("nested", [b"[" * 5_000, b"a = " + b"[" * 5_000, b"a = " + b"{a=" * 5_000, b"a." * 5_000])
+def test_a_file_that_nests_too_deep_is_refused(name: str, nested: bytes) -> None:
+    with pytest.raises(EdgewiseError, match="not a (TOML|JSON) file|unknown key"):
+        PARSERS[name].read(nested)
+
+
+def test_a_header_or_manifest_that_nests_too_deep_is_refused(tmp_path: Path) -> None:
+    deep = b'{"a":' * 10_000
+    with pytest.raises(EdgewiseError, match="header"):
+        PARSERS["tensors"].read(len(deep).to_bytes(8, "little") + deep)
+    with zipfile.ZipFile(tmp_path / "deep.bundle", "w") as archive:
+        archive.writestr("manifest.json", deep)
+    with pytest.raises(EdgewiseError, match=r"deep\.bundle|manifest"):
+        Bundle.open(tmp_path / "deep.bundle")
 
 
 def test_the_fuzzer_would_notice() -> None:

@@ -107,7 +107,43 @@ def test_a_device_without_samples_declines_and_the_others_go_on(tmp_path: Path) 
             stack.enter_context(EdgeDevice.open(site.config(name))).start()
         status = running.wait()
     assert status.history[-1].merged == 1
-    assert "needs at least 1" in status.history[-1].declined["b"]
+    assert "at least 1 needed" in status.history[-1].declined["b"]
+
+
+def test_a_job_whose_devices_have_no_samples_yet_waits_for_them_without_using_up_its_rounds(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["a"], job={"rounds": 1, "round.deadline_seconds": 20}, samples=1)
+    (tmp_path / "a" / "store" / "samples.sqlite").unlink()
+    with site.service() as running, EdgeDevice.open(site.config("a")) as device:
+        device.start()
+        until(lambda: site.status().uncounted)
+        x, y = tiny_data(60)
+        device.record_many(x, y, recording="first")
+        status = running.wait()
+    assert status.history[-1].outcome == "accepted"
+    assert {record.outcome for record in status.history[1:-1]} == {"empty"}
+    assert "at least 1 needed" in status.history[1].reason
+    assert "at least 1 needed" in status.history[1].declined["a"]
+    assert all((record.seconds or 0.0) < 10 for record in status.history[1:-1])
+    assert status.history[-1].score_before is not None
+
+
+def test_a_better_model_is_accepted_after_the_data_have_changed(tmp_path: Path) -> None:
+    job = {"rounds": 12, "task.steps": 60, "task.learning_rate": 0.02, "limits.norm": 1000.0}
+    site = Site(tmp_path, ["a"], job=job, samples=200)
+    with site.service() as running, EdgeDevice.open(site.config("a")) as device:
+        device.start()
+        until(lambda: site.status().round >= 4)
+        x, y = tiny_data(2000, seed=77)
+        noise = np.random.default_rng(1)
+        changed = np.where(noise.random(len(y)) < 0.15, noise.integers(0, 3, len(y)), (y + 1) % 3)
+        device.record_many(x, changed, recording="after")
+        status = running.wait()
+    outcomes = [record.outcome for record in status.history]
+    change = outcomes.index("rolled_back")
+    assert "accepted" in outcomes[change + 1 :]
+    measured = status.history[change + 1]
+    assert measured.score_before is not None
+    assert (status.history[change].score_before or 0.0) > measured.score_before + 0.1
 
 
 def test_processes_of_their_own_do_the_same_and_the_command_ends_with_0(tmp_path: Path) -> None:

@@ -213,6 +213,20 @@ def test_the_memory_of_the_gateway_stays_bounded(siege: Siege) -> None:
     assert siege.peak - siege.before < 16 << 20
 
 
+def test_a_round_does_not_wait_for_a_device_whose_update_was_refused(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["bad", "good"], job={"rounds": 1, "gate.enabled": False, "round.deadline_seconds": 600})
+    with site.service() as running, EdgeDevice.open(site.config("good")) as good:
+        until(lambda: site.status().broker)
+        with HostileDevice(site, "bad") as bad:
+            good.start()
+            data = body(bad, np.nan)
+            assert bad.deliver(data, bad.offer(data)).reason == "bad_content"
+            status = running.wait()
+    (record,) = status.history
+    assert (record.outcome, record.merged) == ("accepted", 1)
+    assert record.declined == {"bad": "update refused: bad_content"}
+
+
 # Bundles, samples, jobs.
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from edge_sdk.downloads import Downloads
-from edge_sdk.errors import StorageError
+from edge_sdk.errors import StorageError, TaskError
 from edge_sdk.outbox import Draft, Outbox
 from edge_sdk.tensors import digest
 from edge_sdk.wire import CHUNK
@@ -47,9 +51,34 @@ def test_a_committed_update_survives_with_offer_body_and_residuals(tmp_path: Pat
 
 def test_a_task_is_done_once(outbox: Outbox) -> None:
     commit(outbox)
-    with pytest.raises(StorageError):
+    with pytest.raises(TaskError, match="task aa was done before"):
         commit(outbox, body=b"other")
     assert len(outbox.entries()) == 1
+
+
+def test_a_contradiction_is_not_told_as_a_lack_of_space(tmp_path: Path, outbox: Outbox) -> None:
+    commit(outbox)
+    with contextlib.closing(sqlite3.connect(tmp_path / "outbox.sqlite")) as other, other:
+        other.execute("DELETE FROM done")
+    with pytest.raises(StorageError, match="UNIQUE") as raised:
+        commit(outbox, body=b"other")
+    assert "free some disk space" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        Outbox.summary,
+        Outbox.entries,
+        Outbox.parts,
+        lambda outbox: outbox.meta("x"),
+        lambda outbox: outbox.chunk("x", 0),
+    ],
+)
+def test_an_outbox_that_cannot_be_read_says_so(outbox: Outbox, read: Callable[[Outbox], Any]) -> None:
+    outbox.close()
+    with pytest.raises(StorageError, match=r"outbox.sqlite: the outbox cannot be read .*: open it again"):
+        read(outbox)
 
 
 def test_a_number_is_never_used_twice(outbox: Outbox) -> None:
