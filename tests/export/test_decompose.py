@@ -122,6 +122,23 @@ CASES: dict[str, list[Case]] = {
     ],
     "SpaceToDepth": [Case([M], None, attributes={"blocksize": 2})],
     "Tile": [Case([X], lambda x: x.repeat(1, 2, 3), [ints(1, 2, 3)])],
+    "Conv": [  # a trained depth-wise one: of a small map as products, of a narrow one turned
+        Case(
+            [M, (4, 1, 3, 3), (4,)],
+            lambda x, w, c: functional.conv2d(x, w, c, padding=1, groups=4),
+            attributes={"group": 4, "pads": [1, 1, 1, 1]},
+        ),
+        Case(
+            [M, (4, 1, 3, 2)],
+            lambda x, w: functional.conv2d(x, w, stride=(2, 1), groups=4),
+            attributes={"group": 4, "strides": [2, 1]},
+        ),
+        Case(
+            [(B, 2, 40, 10), (2, 1, 3, 3), (2,)],
+            lambda x, w, c: functional.conv2d(x, w, c, stride=(1, 2), padding=(1, 0), groups=2),
+            attributes={"group": 2, "strides": [1, 2], "pads": [1, 0, 1, 0]},
+        ),
+    ],
     "CastLike": [Case([X], lambda x: x, [np.float32(1)], runs=False)],
 }
 ALL = [pytest.param(op, case, id=f"{op}-{number}") for op, cases in CASES.items() for number, case in enumerate(cases)]
