@@ -7,6 +7,7 @@ overwritten.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -20,6 +21,10 @@ log = logging.getLogger(__name__)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
+class DiskFullError(StorageError):
+    """Nothing was written because the disk is full."""
+
+
 class BlobStore:
     """Content-addressed files below `folder` (made if absent)."""
 
@@ -30,22 +35,19 @@ class BlobStore:
             leftover.unlink(missing_ok=True)
 
     def put(self, data: bytes) -> str:
-        """Store `data` and return its digest (hex64). Raises `StorageError` when the disk refuses."""
+        """Store `data` and return its digest (hex64). Raises `DiskFullError`, or `StorageError` when the disk refuses."""
         digest = digest_of(data)
         target = self._folder / digest
         if target.exists():
             return digest
         aside = self._folder / f"{digest}.tmp"
         try:
-            with aside.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            write_through(aside, data)
             aside.rename(target)
             sync_folder(self._folder)
         except OSError as error:
             aside.unlink(missing_ok=True)
-            raise StorageError(f"{target}: cannot store {len(data)} bytes: {error}; free some disk space") from error
+            raise storage_error(f"{target}: cannot store {len(data)} bytes ({error.strerror})", error) from error
         return digest
 
     def size(self, digest: str) -> int | None:
@@ -85,6 +87,21 @@ class BlobStore:
         if not _DIGEST.fullmatch(digest):
             raise StorageError(f"{digest[:80]!r} is not a digest: 64 hexadecimal digits were expected")
         return self._folder / digest
+
+
+def storage_error(told: str, error: OSError) -> StorageError:
+    """`error` as what it means to a caller: a full disk is worth waiting for, anything else is not."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFullError(f"{told}; free some disk space")
+    return StorageError(f"{told}; check the disk and the rights of the folder")
+
+
+def write_through(path: Path, data: bytes) -> None:
+    """Write a file and wait until its bytes are on disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

@@ -29,9 +29,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aggregator.blobs import DiskFullError
 from aggregator.intake import OpenUpload, Presence
 from aggregator.rounds import OPEN
-from edge_sdk.errors import EdgewiseError, StorageError
+from edge_sdk.errors import EdgewiseError
 
 if TYPE_CHECKING:
     from aggregator.job import Job
@@ -54,10 +55,6 @@ class JournalBusyError(JournalError):
     """Another process runs this job."""
 
     exit_code = 4
-
-
-class DiskFullError(StorageError):
-    """A transaction was rolled back because the disk is full."""
 
 
 @dataclass(frozen=True)

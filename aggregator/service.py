@@ -6,7 +6,8 @@ not be lost in one transaction, receipts the messages (PUBACK), then sends what 
 models are in memory.
 
 If a transaction fails because the disk is full, the machines' states go back to what they were (they are immutable),
-nothing new is accepted (`wait`), an alarm is raised, and the work goes on when a probe can write again.
+nothing new is accepted (`wait`), an alarm is raised, and the work goes on when a probe can write again. Any other failure of
+storage, as a damaged model, does not mend itself: it ends `run`.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from typing import Any, Final
 
 from aggregator import fold, intake, rounds
 from aggregator.assign.uniform import Assignment, assign
-from aggregator.blobs import BlobStore
+from aggregator.blobs import BlobStore, DiskFullError, storage_error, sync_folder, write_through
 from aggregator.broker import SESSION_EXPIRY, Broker, Security
 from aggregator.job import Job, check_against
-from aggregator.journal import DiskFullError, Identity, Journal, RoundRecord, Status
+from aggregator.journal import Identity, Journal, RoundRecord, Status
 from devices.registry import Registry, RegistryError
 from devices.roles import initial_config
 from edge_sdk import faults, wire
@@ -55,6 +56,7 @@ ACK_EXPIRY, COMMAND_EXPIRY, BLOB_EXPIRY = 300, 60, 60  # seconds (transport.md, 
 MODEL_FILE: Final = "model.safetensors"
 SUMMARY_FILE: Final = "summary.json"
 _DIGESTS_KEPT: Final = 4096
+_STRANGERS_TOLD: Final = 256  # ids that the log names, until the registry changes
 
 
 class GatewayClock:
@@ -121,6 +123,7 @@ class _Saved:
     intake: intake.Intake
     record: RoundRecord | None
     deadline: int | None
+    traffic: dict[str, list[int]]
 
 
 @dataclass(frozen=True)
@@ -380,7 +383,7 @@ class Service:
         if self._blocked:
             self._without_disk(items)
             return False
-        saved = _Saved(self._rounds, self._intake, self._record, self._deadline)
+        saved = _Saved(self._rounds, self._intake, self._record, self._deadline, self._traffic)
         out: list[_Outward] = []
         try:
             with self._journal.transaction():
@@ -390,9 +393,10 @@ class Service:
                     self._journal.save_rounds_state(rounds.to_json(self._rounds))
                 if self._record is not None and self._record is not saved.record:
                     self._journal.save_round(self._record)
-        except StorageError as error:
+        except DiskFullError as error:
             self._rounds, self._intake = saved.rounds, saved.intake
             self._record, self._deadline = saved.record, saved.deadline
+            self._traffic = saved.traffic
             self._block(error)
             self._without_disk(items)
             return False
@@ -468,7 +472,7 @@ class Service:
     def _key_of(self, device: str) -> VerifyKey | None:
         """The key of a device in the registry; None, and one line in the log, for a stranger."""
         key = self._registry.key(device)
-        if key is None and device not in self._strangers:
+        if key is None and device not in self._strangers and len(self._strangers) < _STRANGERS_TOLD:
             self._strangers.add(device)
             log.warning("device %r is not in %s, or revoked: it is not heard", device, self._job.devices.registry)
         return key
@@ -718,9 +722,10 @@ class Service:
         held[1] += down
 
     def _flush_traffic(self, number: int) -> None:
+        """Store the counts and start new ones; the old ones stay as they are, for a transaction that fails goes back to them."""
         for device, (up, down) in self._traffic.items():
             self._journal.add_traffic(number, device, up, down)
-        self._traffic.clear()
+        self._traffic = {}
 
     # What follows a commit.
 
@@ -836,7 +841,7 @@ class Service:
     def _do(self, work: _Work) -> None:
         try:
             results = self._worked(work)
-        except StorageError as error:
+        except DiskFullError as error:
             self._block(error)
             return
         self._process(results)
@@ -897,6 +902,7 @@ class Service:
         if now - self._ticked >= PROBE_SECONDS:
             self._ticked = now
             self._watch_disk()
+            self._watch_registry()
             self._process([intake.Ticked(self._clock.now())])
         if self._on_progress is not None and now - self._shown >= PROGRESS_SECONDS:
             self._shown = now
@@ -913,7 +919,8 @@ class Service:
         try:
             self._registry = Registry.load(path)
         except RegistryError as error:
-            log.error("the registry is left as it was: %s", error)
+            log.error("the devices known before stay: %s", error)
+            self._process([_Alarmed("registry", "", f"{error}; the devices known before stay")])
             return
         self._strangers.clear()
         self._shut_out(sorted(former & {name for name in self._registry.ids if self._registry.entries[name].revoked}))
@@ -946,7 +953,7 @@ class Service:
             return False
         return True
 
-    def _block(self, error: StorageError) -> None:
+    def _block(self, error: DiskFullError) -> None:
         log.error("nothing can be stored, nothing new is accepted: %s", error)
         self._blocked = True
         self._work.clear()  # asked for again when there is room
@@ -977,13 +984,14 @@ class Service:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all. Raises `StorageError`."""
+    """Write a file whole or not at all, also when the power fails. Raises `StorageError`, `DiskFullError`."""
     aside = path.with_suffix(".tmp")
     try:
-        aside.write_bytes(data)
+        write_through(aside, data)
         aside.replace(path)
+        sync_folder(path.parent)
     except OSError as error:
-        raise StorageError(f"{path}: cannot be written ({error.strerror}); free some disk space") from error
+        raise storage_error(f"{path}: cannot be written ({error.strerror})", error) from error
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from aggregator.blobs import DiskFullError
 from aggregator.intake import OpenUpload, Presence
 from aggregator.journal import (
-    DiskFullError,
     Identity,
     Journal,
     JournalBusyError,

@@ -168,6 +168,25 @@ def test_below_the_reserve_nothing_new_is_accepted_and_an_alarm_says_so(
         assert device.status().outbox_entries == 1
 
 
+def test_a_damaged_model_ends_the_gateway_with_4_and_names_the_file(tmp_path: Path) -> None:
+    site = chunked_site(tmp_path, ["a"], chunks=3, rounds=9)
+    with EdgeDevice.open(site.config("a")) as device:
+        device.start()
+        with site.service():
+            until(lambda: site.status().round >= 2)
+        for blob in (tmp_path / "state" / "blobs").iterdir():
+            blob.write_bytes(b"\xff" + blob.read_bytes()[1:])
+        gateway = site.gateway_process()
+        try:
+            assert gateway.wait(60) == 4
+        finally:
+            end(gateway)
+    log = (tmp_path / "gateway.log").read_text()
+    assert "the bytes do not match the file's name; restore the state folder" in log
+    assert "Traceback" not in log
+    assert site.status().alarms == []
+
+
 _WITHOUT_SPACE_FOR_A_WHILE = """
 import logging, resource, signal, sys, threading
 from edge_sdk import EdgeDevice

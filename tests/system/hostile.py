@@ -37,6 +37,10 @@ class HostileDevice:
         self.link.connect()
         self.hear(lambda event: isinstance(event, LinkUp))
         self.link.subscribe(self.address.device_subscriptions(self.device))
+        self.greet()
+
+    def greet(self) -> None:
+        """Say that this device is here."""
         status = wire.Status(
             **{**COMMON, "boot": self.boot},
             state=wire.State.ONLINE,
