@@ -87,7 +87,9 @@ def _status(args: argparse.Namespace) -> int:
     print(_headline(status))
     print(f"model {status.model or '-'}")
     print(f"broker: {status.broker or '-'}")
-    fates = _counts({"merged": status.merged, "pending": status.pending, **status.set_aside})
+    fates = _counts(
+        {"trained": status.trained, "measured": status.measured, "pending": status.pending, **status.set_aside}
+    )
     print(f"updates: {status.accepted} accepted ({fates}); refused: {_counts(status.refused)}")
     rows = [
         [
@@ -167,6 +169,7 @@ def _keys(args: argparse.Namespace) -> int:
     from aggregator.job import load_job
 
     values = _plain(load_job(args.job))
+    del values["file"]  # no key of the file, but its name
     if args.json:
         print(json.dumps(values))
         return 0

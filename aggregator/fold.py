@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -219,6 +219,14 @@ class Fold:
             if record is not None and record.candidate == model and record.merge.get("moments"):
                 return str(record.merge["moments"])
         return None
+
+    def prune(self, keep: Collection[str], number: int) -> None:
+        """Delete all blobs but `keep` and the moments that round `number` or the one after it may need."""
+        steps = self._job.merge.server.optimizer != "none"
+        moments = {self.moments_of(number + 1, model) for model in keep} if steps else set()
+        kept = {*keep, *(digest for digest in moments if digest)}
+        self._blobs.prune(kept)
+        self._starts = {key: digest for key, digest in self._starts.items() if digest in kept}
 
     def _contributions(
         self, rows: Sequence[LedgerRow], merger: Merger, number: int, model: str

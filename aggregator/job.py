@@ -87,7 +87,8 @@ KEYS: tuple[Key, ...] = (
         int,
         0,
         "Port of the gateway's own broker; 0: a free one, kept in the state folder.",
-        **_NOT_NEGATIVE,
+        expected="from 0 to 65535",
+        holds=lambda v: 0 <= v <= 65535,
     ),
     Key(
         "broker.address",
@@ -295,6 +296,7 @@ class JournalSettings:
 class Job:
     """One job file; `KEYS` explains every key."""
 
+    file: Path
     site: str
     job: str
     prefix: str
@@ -381,11 +383,18 @@ def load_job(path: Path) -> Job:
         held = {p.removeprefix(f"{name}."): v for p, v in values.items() if p.startswith(f"{name}.")}
         values = {p: v for p, v in values.items() if not p.startswith(f"{name}.")}
         values[name] = _TABLES[name](**held)
-    return Job(**values)
+    return Job(file=path, **values)
 
 
 def check_against(job: Job, bundle: Bundle) -> None:
     """Check a job against its bundle. Raises `BundleError` for a program that it lacks, `JobError` for the rest."""
+    try:
+        _check_rules(job, bundle)
+    except JobError as error:
+        raise JobError(f"{job.file}: {error}") from error
+
+
+def _check_rules(job: Job, bundle: Bundle) -> None:
     if job.assign.cycle and job.assign.programs:
         raise JobError("assign.cycle and assign.programs exclude each other: give one of them")
     for program_id in dict.fromkeys((job.program, *job.assign.programs.values(), *job.assign.cycle)):

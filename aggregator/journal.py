@@ -195,9 +195,13 @@ class Status:
     pending: int
     set_aside: Mapping[str, int]
     refused: Mapping[str, int]
-    duplicated: int  # ledger rows merged more than once: 0 by construction, counted all the same
+    # Ledger rows merged more than once: 0 by construction, counted all the same while the whole ledger is there. Once old
+    # rows were compacted (after 1024 updates of a device) there is nothing left to count, and it says 0.
+    duplicated: int
     history: Sequence[RoundRecord]
     refusals: Sequence[Refusal] = ()  # the newest, oldest first
+    trained: int = 0  # of `merged`: updates that went into a candidate
+    measured: int = 0  # of `merged`: reports on how good a model is
     uncounted: int = 0  # rounds that devices declined: `round` may be so much above `rounds`
 
     def to_json(self) -> dict[str, Any]:
@@ -744,7 +748,7 @@ def _status(db: sqlite3.Connection, rounds: int, *, running: bool) -> Status:
     uncounted = state.get("uncounted", 0) if state else 0
     done = state is not None and state["phase"] == "done" and state["round"] - uncounted >= rounds
     folded = db.execute("SELECT coalesce(sum(json_extract(record, '$.merge.updates')), 0) FROM round").fetchone()[0]
-    trained = db.execute(
+    marked = db.execute(
         "SELECT (SELECT count(*) FROM ledger WHERE merged_in IS NOT NULL AND phase='train')"
     ).fetchone()[0]
     compacted = db.execute("SELECT count(*) FROM floor").fetchone()[0]
@@ -772,7 +776,9 @@ def _status(db: sqlite3.Connection, rounds: int, *, running: bool) -> Status:
         refused=_sum_by([(reason, count) for _, reason, count in refused]),
         # Every merge report says how many updates it folded; more of them than marked rows would mean a
         # second merge.
-        duplicated=0 if compacted else max(0, folded - trained),
+        trained=folded,
+        measured=merged - folded,
+        duplicated=0 if compacted else max(0, folded - marked),
         history=[_record(db, json.loads(row[0])) for row in db.execute("SELECT record FROM round ORDER BY round")],
         refusals=_refusals(db, REFUSALS_SHOWN),
     )

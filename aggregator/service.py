@@ -565,6 +565,7 @@ class Service:
                     journal.set_aside([row], reason, keep_bodies=keep)
             case rounds.FinishRound():
                 self._finish_round(effect)
+                out.append(effect)
             case rounds.FinishJob():
                 self._announce(self._rounds.deadline, out)
                 out.append(effect)
@@ -740,6 +741,8 @@ class Service:
                 if data is not None:
                     topic = self._address.blob(device, digest, index)
                     self._outbox.append(_Outgoing(topic, data, "", device, expiry=BLOB_EXPIRY))
+            case rounds.FinishRound():
+                self._prune_blobs()
             case _Command(command, counter):
                 self._send_command(command, counter)
             case intake.Verify() | rounds.Merge() | rounds.Judge() | rounds.FinishJob():
@@ -880,11 +883,19 @@ class Service:
                 self._finish_job(model)
                 return []
 
+    def _prune_blobs(self) -> None:
+        """Delete what neither a device may fetch nor a check, a merge or the gate will read again."""
+        state = self._rounds
+        held = (*state.tasks.values(), *state.carried.values())
+        uploads = [progress.info.start for progress in self._intake.uploads.values()]
+        unmerged = [row.start for row in self._journal.unmerged(state.round)]
+        starts = [task.start for task in self._intake.tasks.values()]
+        self._fold.prune({*self._public(), *uploads, *unmerged, *starts, *(task.model for task in held)}, state.round)
+
     def _finish_job(self, model: str) -> None:
         target = self._job.state / MODEL_FILE
         _write(target, self._blobs.read(model))
-        moments = self._fold.moments_of(self._rounds.round + 1, model)
-        self._blobs.prune({model} | ({moments} if moments else set()))
+        self._fold.prune({model}, self._rounds.round)
         self._finished = True
         self._heard = time.monotonic()
         log.info("the job is done; its model lies in %s", target)

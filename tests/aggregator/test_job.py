@@ -55,6 +55,7 @@ def test_a_job_file_gives_its_values_and_the_defaults(tmp_path: Path) -> None:
         ("rounds = 3", "rounds = 0", "rounds = 0 must be above 0"),
         ("rounds = 3", "", "the key 'rounds' is missing"),
         ('site = "bremen"', 'site = "Bremen"', "site = 'Bremen' must be 1 to 32 lower-case"),
+        ("[task]", "[broker]\nport = 70000\n[task]", "broker.port = 70000 must be from 0 to 65535"),
         ("steps = 30", "step = 30", "unknown key 'task.step'; did you mean 'task.steps'?"),
         ("steps = 30", "steps = 30\nepochs = 2", "either task.steps or task.epochs"),
         ("learning_rate = 0.01", "learning_rate = nan", "must be a number"),
@@ -89,8 +90,9 @@ def test_a_job_that_does_not_fit_its_bundle_is_refused(
     tmp_path: Path, old: str, new: str, error: type[Exception], message: str
 ) -> None:
     job = load_job(written(tmp_path, JOB.replace(old, new)))
-    with Bundle.open(tiny_bundle(tmp_path / "tiny.bundle")) as bundle, pytest.raises(error, match=message):
+    with Bundle.open(tiny_bundle(tmp_path / "tiny.bundle")) as bundle, pytest.raises(error, match=message) as caught:
         check_against(job, bundle)
+    assert error is not JobError or str(caught.value).startswith(f"{job.file}: ")
 
 
 def test_a_job_that_fits_passes(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ def test_three_devices_learn_together(tmp_path: Path, job: dict) -> None:
     assert status.state == "done"
     assert (status.duplicated, status.pending, status.set_aside, status.refused) == (0, 0, {}, {})
     assert status.merged == status.accepted == 3 * (rounds + (rounds + 1 if evaluates else 0))
+    assert (status.trained, status.measured) == (3 * rounds, status.merged - 3 * rounds)
     assert after[0] > before + 0.2
     assert after == [after[0]] * 3
     assert {event.kind for event in events} >= {"online", "task_done", "update_accepted", "model_changed"}
@@ -125,6 +126,26 @@ def test_a_job_whose_devices_have_no_samples_yet_waits_for_them_without_using_up
     assert "at least 1 needed" in status.history[1].declined["a"]
     assert all((record.seconds or 0.0) < 10 for record in status.history[1:-1])
     assert status.history[-1].score_before is not None
+
+
+@pytest.mark.parametrize("optimizer", ["none", "adam"])
+def test_the_gateway_keeps_the_models_it_needs_and_no_others(tmp_path: Path, optimizer: str) -> None:
+    site = Site(
+        tmp_path, ["a"], job={"rounds": 8, "merge.server": {"optimizer": optimizer}, "task.encoding": "float32"}
+    )
+    most = 0
+    with site.service() as running, EdgeDevice.open(site.config("a")) as device:
+        device.start()
+
+        def over() -> bool:
+            nonlocal most
+            most = max(most, len(list((tmp_path / "state").glob("blobs/*"))))
+            return running.result is not None or running.error is not None
+
+        until(over, 60)
+        status = running.wait()
+    assert status.state == "done"
+    assert most <= 5  # a model, a candidate, the moments of both, and one that is being written
 
 
 def test_a_better_model_is_accepted_after_the_data_have_changed(tmp_path: Path) -> None:
