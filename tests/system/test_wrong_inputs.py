@@ -118,7 +118,7 @@ ATTACKS: Mapping[str, tuple[Attack, str, str]] = {
     "claim": (sends(lambda _: header(b"{}", claims=GIB)), "bad_content", "the header claims 1073741824 bytes"),
     "tensor": (sends(lambda _: header(_1_GIB_TENSOR)), "bad_content", "claims bytes 0 to 1073741824"),
     "base": (sends(lambda d: body(d, 0.0), base="b" * 64), "wrong_base", "base bbbbbbbbbbbb, expected"),
-    "size": (sends(lambda _: b"", size=GIB), "too_large", "1073741824 bytes, at most 65604"),
+    "size": (sends(lambda _: b"", size=GIB), "too_large", "1073741824 bytes, at most 65620"),
     "chunks": (sends(lambda d: body(d, 0.0), chunks=7), "bad_geometry", "bytes in 7 chunks of 65536"),
     "wrong-chunks": (wrong_chunks, "bad_geometry", "16 chunks of a wrong index or length within a minute"),
     "digest": (bytes_of_another_digest, "bad_content", "the bytes do not have the digest of the offer"),
@@ -145,6 +145,7 @@ def siege(tmp_path_factory: pytest.TempPathFactory) -> Siege:
     """Every attack in one round, each by its own device, beside one honest device that closes the round."""
     hostile = list(ATTACKS)
     job = {"rounds": 1, "gate.enabled": False, "round.devices_wait": len(hostile), "round.quorum": 1}
+    job["task.encoding"] = "float32"  # what the attacks send
     site = Site(tmp_path_factory.mktemp("siege"), [*hostile, "honest"], job=job)
     gateway = site.gateway_process()
     try:
