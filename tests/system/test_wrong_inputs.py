@@ -144,7 +144,6 @@ class Siege:
 def siege(tmp_path_factory: pytest.TempPathFactory) -> Siege:
     """Every attack in one round, each by its own device, beside one honest device that closes the round."""
     hostile = list(ATTACKS)
-<<<<<<< HEAD
     job = {
         "task.encodings_allowed": ["float32"],
         "rounds": 1,
@@ -152,10 +151,6 @@ def siege(tmp_path_factory: pytest.TempPathFactory) -> Siege:
         "round.devices_wait": len(hostile),
         "round.quorum": 1,
     }
-=======
-    job = {"rounds": 1, "gate.enabled": False, "round.devices_wait": len(hostile), "round.quorum": 1}
-    job["task.encoding"] = "float32"  # what the attacks send
->>>>>>> fixgateway
     site = Site(tmp_path_factory.mktemp("siege"), [*hostile, "honest"], job=job)
     gateway = site.gateway_process()
     try:
