@@ -1,4 +1,4 @@
-"""What SQLite says, as a `StorageError` that says what to do about it: shared by the outbox and the sample store."""
+"""What the outbox and the sample store share: transactions, and SQLite's errors as ones that say what to do about them."""
 
 from __future__ import annotations
 
@@ -21,3 +21,17 @@ def storage_errors(path: Path, what: str) -> Iterator[None]:
         raise StorageError(f"{path}: {what} ({error}): open it again if it was closed") from error
     except sqlite3.Error as error:
         raise StorageError(f"{path}: {what} ({error}); free some disk space, or mend the disk") from error
+
+
+@contextmanager
+def transaction(db: sqlite3.Connection, path: Path, what: str) -> Iterator[None]:
+    """All statements inside, or none of them. Raises `StorageError`: `what` failed, as in `storage_errors`."""
+    with storage_errors(path, what):
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            yield
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise

@@ -16,12 +16,12 @@ import shutil
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from edge_sdk.database import storage_errors
+from edge_sdk.database import storage_errors, transaction
 from edge_sdk.errors import StorageError, TaskError
 from edge_sdk.tensors import Array, Tensors, digest, pack, unpack
 from edge_sdk.wire import CHUNK, chunk_count, upload_name
@@ -299,14 +299,5 @@ class Outbox:
         with self._lock, storage_errors(self._path, "the outbox cannot be read"):
             yield
 
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        with storage_errors(self._path, "the outbox cannot be written"):
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-                yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+    def _transaction(self) -> AbstractContextManager[None]:
+        return transaction(self._db, self._path, "the outbox cannot be written")

@@ -10,7 +10,7 @@ import json
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_sdk.bundle import HeldOut
-from edge_sdk.database import storage_errors
+from edge_sdk.database import storage_errors, transaction
 from edge_sdk.errors import SampleError, StorageError
 from edge_sdk.fields import INPUT, TARGET, FieldSpec, check_batch
 from edge_sdk.tensors import Array
@@ -202,14 +202,5 @@ class SampleStore:
         with self._lock, storage_errors(self._path, "samples cannot be read"):
             yield
 
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        with storage_errors(self._path, "samples cannot be stored"):
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-                yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+    def _transaction(self) -> AbstractContextManager[None]:
+        return transaction(self._db, self._path, "samples cannot be stored")

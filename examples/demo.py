@@ -73,6 +73,8 @@ class Result:
     seconds: float
     updates_sent: int
     updates_merged: int
+    updates_trained: int
+    updates_measured: int
     lost: int
     duplicated: int
     torch_importable_on_device: bool
@@ -127,6 +129,8 @@ def run(options: Options, *, show: bool = True) -> Result:
         seconds=0.0,
         updates_sent=facts.updates_sent,
         updates_merged=facts.updates_merged,
+        updates_trained=facts.trained,
+        updates_measured=facts.measured,
         lost=facts.lost,
         duplicated=facts.duplicated,
         torch_importable_on_device=any(device["torch_importable"] for device in facts.devices),
@@ -176,7 +180,8 @@ def print_table(result: Result, options: Options, float_base_accuracy: float) ->
         )
     print()
     print(
-        f"  updates: {result.updates_sent} sent, {result.updates_merged} merged, {result.lost} lost, {result.duplicated} twice"
+        f"  updates: {result.updates_sent} sent: {result.updates_trained} trained and merged, {result.updates_measured} measured a model; "
+        f"{result.lost} lost, {result.duplicated} twice"
     )
     print(
         f"  a process that only imports the five packages: {result.import_only_rss_mb:.0f} MB, "

@@ -63,6 +63,8 @@ class Facts:
     broker: str
     updates_sent: int
     updates_merged: int
+    trained: int
+    measured: int
     lost: int
     duplicated: int
     devices: list[dict[str, Any]]
@@ -128,7 +130,11 @@ class Site:
         """What one device process writes about itself."""
         return self.folder / device / "report.json"
 
-    def write_device(self, device: str, broker: str) -> Path:
+    def config_of(self, device: str) -> Path:
+        """A device's own settings."""
+        return self.folder / device / "device.toml"
+
+    def write_device(self, device: str, broker: str) -> None:
         """Write a device's own settings, once it is known where the broker listens."""
         values = {
             "id": device,
@@ -140,9 +146,8 @@ class Site:
             "device_key": "device.key",
             "control_key": "../keys/control.pub",
         }
-        path = self.folder / device / "device.toml"
-        path.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items()))
-        return path
+        lines = [f"{name} = {json.dumps(value)}\n" for name, value in values.items()]
+        self.config_of(device).write_text("".join(lines))
 
     def accuracy_of(self, model: Path | None, x: np.ndarray, y: np.ndarray) -> float:
         """The share of windows named rightly by a merged model, or by the bundle's own tensors."""
@@ -193,16 +198,17 @@ class Federation:
 
     def __init__(self, site: Site, options: Options) -> None:
         self.site, self._options = site, options
-        self._gateway: subprocess.Popen[bytes] | None = None
-        self._devices: dict[str, subprocess.Popen[bytes]] = {}
+        self.gateway: subprocess.Popen[bytes] | None = None
+        self.devices: dict[str, subprocess.Popen[bytes]] = {}
         self.broker_description = ""
 
     def __enter__(self) -> Self:
         try:
-            self._start_gateway()
+            self.start_gateway()
             broker = self._wait_for_broker()
             for device in self.site.device_ids:
-                self._start_device(device, self.site.write_device(device, broker))
+                self.site.write_device(device, broker)
+                self.start_device(device)
         except BaseException:
             self.close()
             raise
@@ -214,9 +220,9 @@ class Federation:
     def run(self, *, show: bool) -> None:
         """Watch until the job is done. Raises `FederationError` naming the process that ended too early."""
         table = LiveTable() if show else None
-        assert self._gateway is not None
-        while (code := self._gateway.poll()) is None:
-            for device, process in self._devices.items():
+        assert self.gateway is not None
+        while (code := self.gateway.poll()) is None:
+            for device, process in self.devices.items():
                 if process.poll() is not None:
                     raise FederationError(
                         f"device {device} ended with {process.returncode}: {self._last_words(device)}"
@@ -264,6 +270,8 @@ class Federation:
             broker=self.broker_description.split()[0],
             updates_sent=sum(device["updates_sent"] for device in devices),
             updates_merged=status.merged,
+            trained=status.trained,
+            measured=status.measured,
             lost=lost,
             duplicated=status.duplicated,
             devices=devices,
@@ -272,21 +280,24 @@ class Federation:
     def close(self) -> None:
         """End whatever still runs."""
         self._end_devices()
-        if self._gateway is not None:
-            _end([self._gateway])
-            self._gateway = None
+        if self.gateway is not None:
+            _end([self.gateway])
+            self.gateway = None
 
-    def _start_gateway(self) -> None:
+    def start_gateway(self) -> None:
+        """Start the gateway's process, for the first time or again."""
         arguments = ["-m", "edge_sdk.cli", "-v", "aggregator", "run", str(self.site.job), "--demo"]
         if self._options.broker != "auto":
             arguments += ["--broker", self._options.broker]
-        self._gateway = self._spawn(Path(sys.executable), arguments, "gateway")
+        self.gateway = self._spawn(Path(sys.executable), arguments, "gateway")
 
-    def _start_device(self, device: str, config: Path) -> None:
+    def start_device(self, device: str) -> None:
+        """Start a device's process, for the first time or again."""
         program = CHECKOUT / "examples" / "watch_device.py"
         data, report = self.site.data_of(device), self.site.report_of(device)
+        config = self.site.config_of(device)
         arguments = [str(program), str(config), "--data", str(data), "--report", str(report)]
-        self._devices[device] = self._spawn(self.site.device_python, arguments, device)
+        self.devices[device] = self._spawn(self.site.device_python, arguments, device)
 
     def _spawn(self, python: Path, arguments: Sequence[str], name: str) -> subprocess.Popen[bytes]:
         # Not PYTHONPATH: a device sees its own environment and nothing of this checkout.
@@ -305,10 +316,10 @@ class Federation:
             )
 
     def _wait_for_broker(self) -> str:
-        assert self._gateway is not None
+        assert self.gateway is not None
         until = time.monotonic() + START_SECONDS
         while time.monotonic() < until:
-            if self._gateway.poll() is not None:
+            if self.gateway.poll() is not None:
                 raise FederationError(f"the gateway did not start: {self._last_words('gateway')}")
             description = self.status().broker
             found = re.search(r"mqtts?://\S+[0-9]", description)
@@ -324,8 +335,8 @@ class Federation:
         return f"{lines[-1] if lines else 'it said nothing'} (more in {path})"
 
     def _end_devices(self) -> None:
-        _end(list(self._devices.values()))
-        self._devices.clear()
+        _end(list(self.devices.values()))
+        self.devices.clear()
 
 
 class LiveTable:

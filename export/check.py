@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from export import onnx_import
 from export.cost import bytes_per_sample, flops_of
+from export.cut import frontier
 from export.decompose import decompose
 from export.errors import ExportError, SpecError, UnknownTensor
 from export.forward import trainable_constants
@@ -65,9 +66,10 @@ def check_model(path: Path, patterns: Sequence[str], loss: str | None = None) ->
     forward = list(graph)
     train_tensors(model, names)
     trained = [value for value in graph.inputs if str(value.name).startswith("p.")]
+    infer_shapes(model)
+    features = [(str(held.name), held) for held in frontier(graph)]
     b, value = _with_loss(graph, loss)
     infer_shapes(model)
-    frontier = _frontier(graph, trained)
     frozen = sum(flops_of(node) for node in _frozen(graph, trained))
     total = sum(flops_of(node) for node in forward)
     decompose(b, value, trained)
@@ -87,8 +89,8 @@ def check_model(path: Path, patterns: Sequence[str], loss: str | None = None) ->
         path=dict(sorted(counts.items())),
         missing=tuple(sorted(set(counts) - rules())),
         problem=problem,
-        frontier=tuple(str(held.name) for held in frontier),
-        feature_bytes=bytes_per_sample(frontier),
+        frontier=tuple(name for name, _ in features),
+        feature_bytes=bytes_per_sample([held for _, held in features]),
         frozen_flops=frozen,
         forward_flops=total,
         backward_flops=after - before,
@@ -132,19 +134,3 @@ def _frozen(graph: ir.Graph, trained: Sequence[ir.Value]) -> list[ir.Node]:
             sample.update(node.outputs)
             frozen.append(node)
     return frozen
-
-
-def _frontier(graph: ir.Graph, trained: Sequence[ir.Value]) -> list[ir.Value]:
-    """The values that the frozen part hands on (step-graphs.md, 4.1), in order; Shape hands on nothing of a value."""
-    frozen = _frozen(graph, trained)
-    made = {output for node in frozen for output in node.outputs} | {v for v in graph.inputs if v.name == "d.x"}
-    inside = set(frozen)
-    return list(
-        dict.fromkeys(
-            value
-            for node in graph
-            if node not in inside and node.op_type != "Shape"
-            for value in node.inputs
-            if value is not None and value in made
-        )
-    )

@@ -86,23 +86,26 @@ def cut(forward: ir.Model, example: Array) -> Cut:
     Shapes must be inferred. On the `example` of `d.x` `[n, *shape]`, n of 2 or more, the rows of the prefix are tried for
     independence: only then are its features cacheable.
     """
-    graph = forward.graph
-    moving = _depending(graph, [v for v in graph.inputs if v.name != INPUT and _kind(v) != "r"])
-    fixed = _depending(graph, [v for v in graph.inputs if v.name == INPUT or _kind(v) == "r"]) - moving
-    frontier = _frontier(graph, moving, fixed)
-    if not _worth_it(graph, frontier, fixed):
+    found = frontier(forward.graph)
+    if not found:
         return Cut(None, forward, NOTHING_FROZEN)
-    names = [str(value.name) for value in frontier]
+    names = [str(value.name) for value in found]
     prefix, rest = _prefix(forward, names), _rest(forward, names)
-    kinds = sorted({value.dtype.numpy().name for value in frontier if value.dtype is not None})
+    kinds = sorted({value.dtype.numpy().name for value in found if value.dtype is not None})
     reason = _why_not_cacheable(prefix, example)
     return Cut(
         prefix,
         rest,
-        Features(
-            not reason, reason, bytes_per_sample(frontier), kinds[0] if len(kinds) == 1 else "mixed", tuple(names)
-        ),
+        Features(not reason, reason, bytes_per_sample(found), kinds[0] if len(kinds) == 1 else "mixed", tuple(names)),
     )
+
+
+def frontier(graph: ir.Graph) -> list[ir.Value]:
+    """The values that a prefix of this forward graph would hand on, in its order; none where no prefix is worth it."""
+    moving = _depending(graph, [v for v in graph.inputs if v.name != INPUT and _kind(v) != "r"])
+    fixed = _depending(graph, [v for v in graph.inputs if v.name == INPUT or _kind(v) == "r"]) - moving
+    found = _frontier(graph, moving, fixed)
+    return found if _worth_it(graph, found, fixed) else []
 
 
 def _kind(value: ir.Value) -> str:

@@ -72,7 +72,7 @@ def test_pause_stops_between_two_steps_and_start_goes_on(tmp_path: Path) -> None
         EdgeDevice.open(site.config("a"), on_event=lambda event: events.append(event.kind)) as device,
     ):
         device.start()
-        until(lambda: device.status().step > 0)
+        until(lambda: site.status().phase == "train" and device.status().step > 0)
         device.pause()
         until(lambda: device.status().paused == "user")
         until(lambda: "paused" in events)
