@@ -82,7 +82,7 @@ def _replace(
         layer.resize_inputs(3)
     layer.replace_input_with(2, made[1])
     output = norm.outputs[0]
-    name, source = output.name, layer.outputs[0]
+    named_output, source = output.name, layer.outputs[0]
     ir.convenience.replace_all_uses_with(output, source, replace_graph_outputs=True)
     graph.remove(norm, safe=True)
-    source.name = name
+    source.name = named_output

@@ -53,7 +53,7 @@ def quantize_weights(model: ir.Model, bits: int = 8) -> dict[str, Array]:
 
 def levels(bits: int) -> int:
     """How many steps of the scale lie on each side of zero."""
-    return 2 ** (bits - 1) - 1
+    return (1 << (bits - 1)) - 1
 
 
 def quantize(value: Array, axis: int, bits: int = 8) -> tuple[Array, Array]:
