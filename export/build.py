@@ -32,7 +32,9 @@ from export.forward import static_tail, trainable_constants
 from export.graph import array_of, clone, dims
 from export.losses import Loss, check_output, loss_named
 from export.optimizers import optimizer_named
+from export.precision import Precision
 from export.proof import CentralDifferences, Oracle, Proof, prove
+from export.quantize.fold import fold_normalizations
 from export.quantize.weights import quantize_weights
 from export.scopes import Scope, Trainable, scope_named
 from export.serialize import WeightFile, write_graphs
@@ -52,7 +54,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = ("float", "int8")
 LAST_FIFTH = HeldOut(0.2, 1)
 _ID_LIMIT = 64  # of a program id in a task
 
@@ -107,11 +108,15 @@ class Report:
 
 @dataclass(frozen=True)
 class _Source:
-    """A model that was read: its forward graph, the tensors that may train, and where the oracle comes from."""
+    """A model that was read: its forward graph, the tensors that may train, and where the oracle comes from.
+
+    `folded`: values of the module's tensors with which it is the function of the graph, where they differ from its own.
+    """
 
     forward: ir.Model
     parameters: tuple[str, ...]
     module: Any  # torch.nn.Module or None
+    folded: Mapping[str, Array]
 
 
 @dataclass
@@ -156,7 +161,8 @@ def build_bundle(
     if not programs:
         raise SpecError("there is no program to build: name at least one scope")
     on_progress("reading the model")
-    source = _read(model, x)
+    # All programs of a bundle share their tensors, so a fold that one of them needs is made for all.
+    source = _read(model, x, fold=any(Precision.named(spec.precision).serves for spec in programs))
     output = source.forward.graph.outputs[0]
     if static_tail(source.forward.graph.inputs[0]) != x.shape[1:]:
         raise SpecError(
@@ -210,25 +216,26 @@ def _checked_example(example: tuple[Array, Array], loss: Loss) -> tuple[Array, A
     return x, y
 
 
-def _read(model: nn.Module | Path | str, x: Array) -> _Source:
+def _read(model: nn.Module | Path | str, x: Array, *, fold: bool) -> _Source:
     if isinstance(model, str | Path):
         from export import onnx_import
 
         forward = onnx_import.forward_graph(Path(model))
-        return _Source(forward, tuple(trainable_constants(forward.graph)), None)
+        folded = fold_normalizations(forward) if fold else {}
+        return _Source(forward, tuple(trainable_constants(forward.graph)), None, folded)
     from export import torch_import
 
     forward = torch_import.forward_graph(model, x[:2])
+    folded = fold_normalizations(forward) if fold else {}
     named = [name for name, _ in model.named_parameters()]
-    return _Source(forward, tuple(name for name in named if name in forward.graph.initializers), model)
+    return _Source(forward, tuple(name for name in named if name in forward.graph.initializers), model, folded)
 
 
 def _build_program(
     source: _Source, spec: ProgramSpec, name: str, loss: str, example: tuple[Array, Array], seed: int
 ) -> _Built:
     began = time.process_time()
-    if spec.precision not in PRECISIONS:
-        raise SpecError(f"precision {spec.precision!r} is unknown; there are {', '.join(PRECISIONS)}")
+    precision = Precision.named(spec.precision)
     if type(spec.batch) is not int or spec.batch < 1:
         raise SpecError(f"batch = {spec.batch!r} must be a whole number of 1 or more")
     if spec.largest is not None and (type(spec.largest) is not int or spec.largest < 1 or not spec.accumulate):
@@ -247,9 +254,11 @@ def _build_program(
         )
     forward = clone(source.forward)
     applied = scope.apply(forward, source.parameters, seed)
-    dequantized = quantize_weights(forward) if spec.precision == "int8" else {}
+    dequantized = {} if precision.bits is None else quantize_weights(forward, precision.bits)
     loss_rule = loss_named(loss)
-    graphs = build_graphs(forward, applied.trainables, loss_rule, optimizer, ids[0], example[0], applied.constants)
+    graphs = build_graphs(
+        forward, applied.trainables, loss_rule, optimizer, ids[0], example[0], applied.constants, precision
+    )
     given = proof_constants(applied.constants, seed)
     proved = with_constants(forward, given)
     gradients = gradients_graph(proved, applied.trainables, loss_rule, ids[0])
@@ -262,7 +271,7 @@ def _build_program(
 
         tensors = {n: v.cpu().numpy() for n, v in tensors_of(source.module).items()}
         fixed = {name.split(".", 1)[1]: value for name, value in given.items()}
-        oracle = TorchOracle(source.module, {**tensors, **dequantized, **fixed}, loss)
+        oracle = TorchOracle(source.module, {**tensors, **source.folded, **dequantized, **fixed}, loss)
     proof = prove(ids[0], gradients, applied.trainables, applied.effective, oracle, *example, seed)
     frozen = {n: a for n, v in forward.graph.initializers.items() if (a := array_of(v)) is not None}
     return _Built(spec, scope, ids[0], ids[1], applied.trainables, applied.constants, graphs, frozen, proof, seconds)

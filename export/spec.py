@@ -11,7 +11,7 @@
 
     [[program]]                                one per thing that devices may train
     scope = "lora"                             "lora" | "head" | "layer" | "full"
-    precision = "int8"                         of the frozen part: "int8" | "float"
+    precision = "int8"                         "int8" (the frozen part) | "float" | "ptq2".."ptq8" | "qat2".."qat8" (export/precision.py)
     optimizer = "adamw"                        "adamw" | "sgd", each also with "+prox" (FedProx)
     batch = 32                                 default batch size
     accumulate = true                          optional: devices may train on larger batches, in parts of at most

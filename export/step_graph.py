@@ -17,11 +17,13 @@ import onnx_ir as ir
 from edge_sdk.tensors import Array
 from export.cut import NOTHING_FROZEN, Cut, Features, cut
 from export.decompose import decompose
-from export.errors import ContractError
+from export.errors import ContractError, SpecError
 from export.gradients import differentiate
 from export.graph import IR_VERSION, OPSET, Builder, clone, dims, tidy
 from export.losses import Accumulator, Loss
 from export.optimizers import Optimizer, append_optimizer
+from export.precision import FLOAT, Precision
+from export.quantize.fake import fake_quantize
 from export.scopes import Trainable
 from export.shapes import BATCH, infer_shapes
 
@@ -64,11 +66,13 @@ def build_graphs(
     program_id: str,
     example: Array | None = None,
     constants: Sequence[Trainable] = (),
+    precision: Precision = FLOAT,
 ) -> Graphs:
     """All graphs of a program from `forward` (`d.x`, `p.*` in; one output). Raises `ExportError`.
 
     `example`: of `d.x` `[n, *shape]`, by which the frozen part is tried for what may be kept of it; without one nothing is
-    cut off. `constants`: further inputs, which are given with the start and do not train.
+    cut off. `constants`: further inputs, which are given with the start and do not train. `precision`: which graphs get
+    fake quantizers; constant weights are the caller's.
     """
     names = [trainable.name for trainable in trainables]
     accumulators: list[Accumulator] = []
@@ -80,15 +84,18 @@ def build_graphs(
         _, outputs = append_optimizer(b, optimizer, _differentiated(b, loss, output, target, weight, names))
         b.graph.outputs.extend(outputs)
 
-    infer = clone(forward)
-    infer.graph.outputs[0].name = "y.0"
     parts = Cut(None, forward, NOTHING_FROZEN) if example is None else cut(forward, example)
+    infer, served = clone(forward), parts.rest
+    if precision.serves:
+        infer, served = (quantized(model, trainables, precision) for model in (forward, parts.rest))
+    stepped = served if precision.trains else parts.rest
+    infer.graph.outputs[0].name = "y.0"
     graphs = Graphs(
         infer=_finished(infer, program_id),
         prefix=None if parts.prefix is None else _finished(parts.prefix, program_id),
-        step=_with_loss(parts.rest, loss, step, program_id),
-        evaluate=_with_loss(parts.rest, loss, accumulate, program_id),
-        gradients=gradients_graph(parts.rest, trainables, loss, program_id),
+        step=_with_loss(stepped, loss, step, program_id),
+        evaluate=_with_loss(served, loss, accumulate, program_id),
+        gradients=gradients_graph(stepped, trainables, loss, program_id),
         apply=_finished(_apply(trainables, optimizer), program_id),
         accumulators=tuple(accumulators),
         features=parts.features,
@@ -98,6 +105,19 @@ def build_graphs(
     table = {t.graph_name: t.value.shape for t in (*trainables, *constants)}
     check_program(graphs, table, program_id)
     return graphs
+
+
+def quantized(forward: ir.Model, trainables: Sequence[Trainable], precision: Precision) -> ir.Model:
+    """The graph with its trained weights, and what enters their layers, fake-quantized. Raises `SpecError` for none."""
+    model = clone(forward)
+    assert precision.bits is not None
+    weights = [t.graph_name for t in trainables if t.merge == "mean"]  # an adapter stays outside every quantizer
+    if not fake_quantize(model, weights, precision.bits):
+        raise SpecError(
+            f"precision {precision.name} quantizes the weights that train, and none does: adapters stay float32; "
+            "take int8, or a scope that trains the weights of layers"
+        )
+    return model
 
 
 def gradients_graph(forward: ir.Model, trainables: Sequence[Trainable], loss: Loss, program_id: str) -> ir.Model:
