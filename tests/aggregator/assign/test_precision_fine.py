@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -227,7 +228,7 @@ def test_the_same_events_give_the_same_decisions() -> None:
 
     first = run()
     assert first == run()
-    assert any(a != b for a, b in zip(first, first[1:], strict=False))  # it explored
+    assert any(a != b for a, b in pairwise(first))  # it explored
 
 
 def test_before_any_data_the_learned_value_is_the_coarse_one_and_data_replace_it() -> None:
@@ -283,7 +284,7 @@ def learning_run(seed: int, *, learns: bool) -> tuple[float, int]:
         loss=loss,
     )
     seen = [plant.play() for _ in range(60)]
-    return level[-1], sum(a != b for a, b in zip(seen, seen[1:], strict=False))
+    return level[-1], sum(a != b for a, b in pairwise(seen))
 
 
 def test_learning_ends_with_no_greater_loss_than_the_coarse_step_alone() -> None:
