@@ -167,7 +167,7 @@ def _run(
         return program(bits, Choice.QAT if client in chosen(number) else Choice.PTQ)
 
     def sends(client: int, start: Tensors, trained: Tensors, draw: np.random.Generator) -> Tensors:  # noqa: ARG001
-        return {n: dequantize(quantize(value, bits)) if value.ndim > 1 else value for n, value in trained.items()}
+        return {n: dequantize(quantize(v, bits)).astype(np.float32) if v.ndim > 1 else v for n, v in trained.items()}
 
     began = time.process_time()
     run = federate(

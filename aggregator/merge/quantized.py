@@ -75,9 +75,9 @@ def quantize(value: Array, bits: int) -> Quantized:
 
 
 def dequantize(value: Quantized) -> Array:
-    """`s * I`, float32 in the shape of the codes."""
+    """`s * I`, exact: float64 in the shape of the codes."""
     shape = [-1] + [1] * (value.codes.ndim - 1)
-    return np.asarray(value.codes.astype(np.float32) * value.scales.reshape(shape))
+    return np.asarray(value.codes.astype(np.float64) * value.scales.reshape(shape))
 
 
 def dequantized(
@@ -88,7 +88,7 @@ def dequantized(
     base: str,
     expected: str,
 ) -> dict[str, Array]:
-    """What a mean takes: float32 tensors by name, those that came as floats unchanged.
+    """What a mean takes: float64 tensors by name, or float32 where they came so.
 
     `bits` are those of the device's program; `base` is the digest of what the device trained on, `expected` that of the
     round. Raises `MergeError` naming the tensor.
