@@ -234,7 +234,12 @@ def decide(state: State, events: Iterable[Event]) -> tuple[State, Assignment, Re
     """
     assignment: Assignment = {}
     reasons: Reasons = {}
+    waiting: list[Trained] = []
     for event in events:
+        if isinstance(event, Trained):
+            waiting.append(event)
+            continue
+        state, waiting = (_trained(state, waiting) if waiting else state), []
         match event:
             case Opened():
                 state, assignment, reasons = _open(state, event)
@@ -243,13 +248,11 @@ def decide(state: State, events: Iterable[Event]) -> tuple[State, Assignment, Re
             case Left(device):
                 if device in state.devices and state.devices[device].present:
                     state = replace(_with(state, device, replace(state.devices[device], present=False)), due=True)
-            case Trained():
-                state = _trained(state, event)
             case Profiled():
                 state = _profiled(state, event)
             case Validated(loss):
                 state = _validated(state, loss)
-    return state, assignment, reasons
+    return (_trained(state, waiting) if waiting else state), assignment, reasons
 
 
 def _with(state: State, device: str, known: Known) -> State:
@@ -266,21 +269,23 @@ def _joined(state: State, event: Joined) -> State:
     return replace(_with(state, event.device, known), due=True)
 
 
-def _trained(state: State, event: Trained) -> State:
-    held = state.devices.get(event.device)
-    if held is None:
-        return state
-    known = held.trained(event)
-    slow = known.slow >= SLOW_ROUNDS
-    if slow:  # what was measured, not what it was smoothed to
-        times = {name: value * event.step_ms / known.step_ms[event.choice] for name, value in known.step_ms.items()}
-        known = replace(known, step_ms=times, slow=0)
-    new = known.measured is not held.measured or bool(held.profile.refusal) is not bool(known.profile.refusal)
-    state = _with(state, event.device, known)
-    if slow:
-        flipped = {device: choice for device, choice in state.flipped.items() if device != event.device}
-        state = replace(state, flipped=flipped)
-    return replace(state, due=state.due or slow or new)
+def _trained(state: State, events: Iterable[Trained]) -> State:
+    """All updates of a round at once: with a thousand devices, a copy of the state for each would be felt."""
+    devices, flipped, due = dict(state.devices), dict(state.flipped), state.due
+    for event in events:
+        held = devices.get(event.device)
+        if held is None:
+            continue
+        known = held.trained(event)
+        if known.slow >= SLOW_ROUNDS:  # what was measured, not what it was smoothed to
+            times = {name: ms * event.step_ms / known.step_ms[event.choice] for name, ms in known.step_ms.items()}
+            known = replace(known, step_ms=times, slow=0)
+            flipped.pop(event.device, None)
+            due = True
+        due = due or known.measured is not held.measured
+        due = due or bool(held.profile.refusal) is not bool(known.profile.refusal)
+        devices[event.device] = known
+    return replace(state, devices=devices, flipped=flipped, due=due)
 
 
 def _finding(event: Trained) -> str:

@@ -90,18 +90,20 @@ class Profile:
     @property
     def refusal(self) -> str:
         """What makes the profile useless, "" if nothing does: field, finding, expectation."""
-        limits = {
-            "ptq_ms": (self.ptq_ms, self.ptq_ms > 0, "above 0"),
-            "qat_ms": (self.qat_ms, self.qat_ms > 0, "above 0"),
-            "other_seconds": (self.other_seconds, self.other_seconds >= 0, "0 or more"),
-            "num_examples": (self.num_examples, self.num_examples > 0, "above 0"),
-            "steps": (self.steps, self.steps > 0, "above 0"),
-            "skew": (self.skew, self.skew >= 0, "0 or more"),
-            "drop": (self.drop, abs(self.drop) <= 1, "from -1 to 1"),
-            "watts": (self.watts or 0.0, (self.watts or 0.0) >= 0, "0 or more"),
-        }
-        for name, (value, holds, expected) in limits.items():
-            if not (math.isfinite(value) and holds):
+        for name, value, least, most, open_below in (
+            ("ptq_ms", self.ptq_ms, 0.0, math.inf, True),
+            ("qat_ms", self.qat_ms, 0.0, math.inf, True),
+            ("other_seconds", self.other_seconds, 0.0, math.inf, False),
+            ("num_examples", self.num_examples, 0.0, math.inf, True),
+            ("steps", self.steps, 0.0, math.inf, True),
+            ("skew", self.skew, 0.0, math.inf, False),
+            ("drop", self.drop, -1.0, 1.0, False),
+            ("watts", self.watts or 0.0, 0.0, math.inf, False),
+        ):
+            if not least <= value <= most or value == math.inf or (open_below and value == least):
+                expected = (
+                    "above 0" if open_below else "0 or more" if most == math.inf else f"from {least:g} to {most:g}"
+                )
                 return f"{name} is {value:g}, expected {expected}"
         least, most = RATIO_LIMITS
         if not least <= self.ratio <= most:
