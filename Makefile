@@ -13,7 +13,7 @@ OLDEST_ONNXRUNTIME ?= onnxruntime==1.23.2
 ARGS ?=
 FUZZ_SECONDS ?= 60
 PARSERS = wire topic tensors update bundle job registry config
-BENCHMARKS = watch footprint step merge lora_study robust_study encodings chaos
+BENCHMARKS = watch footprint step merge lora_study robust_study encodings chaos precision
 
 sources := $(shell find edge_sdk aggregator export devices -name '*.py')
 

@@ -140,7 +140,7 @@ class Kept:
 def study(args: argparse.Namespace, kept: Kept) -> list[dict[str, Any]]:
     """Accuracy and simulated time of every arm, by bits and seed."""
     rows = []
-    wanted = [(bits, seed) for seed in range(args.seeds) for bits in args.bits]
+    wanted = [(bits, seed) for bits in args.bits for seed in range(args.seeds)]
     with tempfile.TemporaryDirectory() as folder:
         for done, (bits, seed) in enumerate(wanted):
             speeds = np.random.default_rng([seed, 1]).permutation(SPEEDS).tolist()
@@ -187,7 +187,9 @@ def _run(
         "bits": bits,
         "seed": seed,
         "arm": name,
-        "accuracy": run.final,
+        "accuracy": run.accuracy[-1],
+        "last_three": run.final,
+        "curve": [round(value, 4) for value in run.accuracy],
         "time": simulated_time(speeds, chosen),
         "cpu_seconds": time.process_time() - began,
     }
@@ -405,17 +407,14 @@ def _summary(rows: Sequence[Mapping[str, Any]], label: str) -> dict[str, Any]:
         found = numerator[draws].sum(axis=1) / denominator[draws].sum(axis=1)
         return [float(value) for value in np.percentile(found, [2.5, 97.5])]
 
-    summary: dict[str, Any] = {
-        f"qat_gap_{label}": 100 * float(gap.mean()),
-        f"qat_gap_{label}_interval": interval(100 * gap, np.ones(len(seeds))),
-    }
+    points = interval(100 * gap, np.ones(len(seeds)))
+    summary: dict[str, Any] = {f"qat_gap_{label}": 100 * float(gap.mean()), f"qat_gap_{label}_interval": points}
     for key, name in (("hybrid", "fastest half"), ("slowest", "slowest half"), ("staged", "fastest half, final QAT")):
         gained = accuracy[name] - accuracy["all PTQ"]
-        summary |= {
-            f"{key}_gain_share_{label}": float(gained.sum() / gap.sum()),
-            f"{key}_gain_share_{label}_interval": interval(gained, gap),
-            f"{key}_time_share_{label}": spent[name] / spent["all QAT"],
-        }
+        summary[f"{key}_time_share_{label}"] = spent[name] / spent["all QAT"]
+        if points[0] > 0:  # there is a gap to have a share of
+            summary[f"{key}_gain_share_{label}"] = float(gained.sum() / gap.sum())
+            summary[f"{key}_gain_share_{label}_interval"] = interval(gained, gap)
     summary[f"hybrid_below_slowest_{label}"] = 100 * float(np.mean(accuracy["slowest half"] - accuracy["fastest half"]))
     summary[f"slowest_time_ratio_{label}"] = spent["slowest half"] / spent["fastest half"]
     return summary
