@@ -222,3 +222,19 @@ def test_what_was_committed_survives_sigkill_and_nothing_is_half_written(tmp_pat
     assert len(rows) >= told
     assert journal.offers() == []
     assert all(journal.body(row.device, row.upload) == b"abcdefghij" for row in rows)
+
+
+def test_the_journal_says_what_a_device_was_told_to_train_and_what_came_since(journal: Journal) -> None:
+    with journal.transaction():
+        for item in (upload(1), upload(2, phase="evaluate", task="t2"), upload(1, device="dev-2")):
+            journal.store_offer(item)
+            accept(journal, item)
+        programs = {"dev-1": ("net/qat4", "free", 5), "dev.2-x": ("net/ptq4", "too-slow", 5)}
+        journal.save_round(RoundRecord(round=1, program="p", opened=5, start="s", phase="train", programs=programs))
+    assert journal.assigned(1, "dev-1") == "net/qat4"
+    assert journal.assigned(1, "dev.2-x") == "net/ptq4"
+    assert journal.assigned(1, "dev-9") is None
+    assert journal.assigned(2, "dev-1") is None
+    last, rows = journal.accepted_since(0)
+    assert [(row.device, row.phase) for row, _ in rows] == [("dev-1", "train"), ("dev-2", "train")]
+    assert journal.accepted_since(last) == (last, [])
