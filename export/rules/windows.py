@@ -41,6 +41,12 @@ class Window:
         """Padding behind each axis."""
         return self.pads[self.rank :]
 
+    @property
+    def turned(self) -> Window:
+        """The same with its axes in reverse order."""
+        pads = (*self.begins[::-1], *self.ends[::-1])
+        return Window(self.kernel[::-1], self.strides[::-1], pads, self.dilations[::-1])
+
     def output_padding(self, sizes: Sequence[int], outs: Sequence[int]) -> list[int]:
         """What a ConvTranspose from `outs` places lacks to `sizes` places: those behind the last window."""
         return [
