@@ -33,7 +33,7 @@ _BETWEEN: Final = frozenset(
 
 
 @dataclass(frozen=True)
-class _Pair:
+class LayerPair:
     """Names of the two weights and of the first bias; the axes of rows and columns; places of one channel in the columns."""
 
     first: str
@@ -50,7 +50,7 @@ def equalize(model: ir.Model, x: Array) -> int:
         name: array for name, value in model.graph.initializers.items() if (array := array_of(value)) is not None
     }
     before = _output(model, {}, x)
-    pairs = _pairs(model.graph)
+    pairs = layer_pairs(model.graph)
     kept = pairs
     changed = _swept(weights, pairs)
     if not _same(before, _output(model, changed, x)):
@@ -59,11 +59,12 @@ def equalize(model: ir.Model, x: Array) -> int:
             tried = _swept(weights, [*kept, pair])
             if _same(before, _output(model, tried, x)):
                 kept, changed = [*kept, pair], tried
-    _set(model, changed)
+    set_constants(model, changed)
     return len(kept)
 
 
-def _pairs(graph: ir.Graph) -> list[_Pair]:
+def layer_pairs(graph: ir.Graph) -> list[LayerPair]:
+    """Consecutive layers with constant weights, and nothing but one activation and poolings between."""
     found = []
     for node in graph:
         if node.op_type not in ("Conv", "Gemm") or not _own(node):
@@ -86,7 +87,7 @@ def _own(node: ir.Node) -> bool:
     return all(v is None or (array_of(v) is not None and len(v.uses()) == 1) for v in node.inputs[1:])
 
 
-def _pair(first: ir.Node, second: ir.Node) -> _Pair | None:
+def _pair(first: ir.Node, second: ir.Node) -> LayerPair | None:
     one, two = array_of(first.inputs[1]), array_of(second.inputs[1])
     assert one is not None
     assert two is not None
@@ -104,10 +105,10 @@ def _pair(first: ir.Node, second: ir.Node) -> _Pair | None:
         return None
     bias = first.inputs[2] if len(first.inputs) > 2 else None
     names = (str(first.inputs[1].name), str(second.inputs[1].name))  # type: ignore[union-attr]
-    return _Pair(names[0], None if bias is None else str(bias.name), names[1], row, column, repeat)
+    return LayerPair(names[0], None if bias is None else str(bias.name), names[1], row, column, repeat)
 
 
-def _swept(weights: Mapping[str, Array], pairs: Sequence[_Pair]) -> dict[str, Array]:
+def _swept(weights: Mapping[str, Array], pairs: Sequence[LayerPair]) -> dict[str, Array]:
     """The tensors that change, after all sweeps, in float64 until the end."""
     held = {n: weights[n].astype(np.float64) for p in pairs for n in (p.first, p.second, p.bias) if n is not None}
     for _ in range(SWEEPS):
@@ -117,11 +118,17 @@ def _swept(weights: Mapping[str, Array], pairs: Sequence[_Pair]) -> dict[str, Ar
             columns = _largest(second, pair.column).reshape(-1, pair.repeat).max(axis=1)
             both = (rows > 0) & (columns > 0)
             factor = np.where(both, np.sqrt(np.where(both, rows, 1) / np.where(both, columns, 1)), 1.0)
-            first /= _along(factor, pair.row, first.ndim)
-            second *= _along(np.repeat(factor, pair.repeat), pair.column, second.ndim)
-            if pair.bias is not None:
-                held[pair.bias] /= factor
+            rescale(held, pair, factor)
     return {name: value.astype(np.float32) for name, value in held.items()}
+
+
+def rescale(weights: dict[str, Array], pair: LayerPair, factor: Array) -> None:
+    """Divide channel j of the first layer by `factor[j]` and multiply it in the second: the function stays."""
+    first, second = weights[pair.first], weights[pair.second]
+    weights[pair.first] = first / _along(factor, pair.row, first.ndim)
+    weights[pair.second] = second * _along(np.repeat(factor, pair.repeat), pair.column, second.ndim)
+    if pair.bias is not None:
+        weights[pair.bias] = weights[pair.bias] / factor
 
 
 def _largest(value: Array, axis: int) -> Array:
@@ -132,14 +139,15 @@ def _along(factor: Array, axis: int, rank: int) -> Array:
     return factor.reshape([-1 if i == axis else 1 for i in range(rank)])
 
 
-def _set(model: ir.Model, changed: Mapping[str, Array]) -> None:
+def set_constants(model: ir.Model, changed: Mapping[str, Array]) -> None:
+    """Give initializers of the graph these values."""
     for name, value in changed.items():
         model.graph.initializers[name].const_value = constant(name, value).const_value
 
 
 def _output(model: ir.Model, changed: Mapping[str, Array], x: Array) -> Array:
     tried = clone(model)
-    _set(tried, changed)
+    set_constants(tried, changed)
     proto = ir.to_proto(tried).SerializeToString()
     session = onnxruntime.InferenceSession(proto, quiet(), providers=["CPUExecutionProvider"])
     return np.asarray(session.run(None, {INPUT: x})[0])

@@ -71,12 +71,17 @@ class Data:
 
 @dataclass(frozen=True)
 class Quantized:
-    """The file to flash and its report; `integer` is the integer form, whether or not it ships."""
+    """The file to flash and its report; `integer` is the integer form, whether or not it ships.
+
+    `prepared`: the float graph that the integers were made from; `scaled`: its tensors that have a scale, in order.
+    """
 
     model: bytes
     integer: bytes
     report: QuantReport
     ranges: RangeStats
+    prepared: ir.Model
+    scaled: tuple[str, ...]
 
 
 def quantize_model(
@@ -157,9 +162,7 @@ def _measured(
     times = interleaved_us({kind: _caller(session, one) for kind, session in sessions.items()})
     kernels = kernels_of(integer)
     scores = {kind: score(values, data.held_y) for kind, values in outputs.items()}
-    agreement = (
-        float((outputs["float"].argmax(1) == outputs["integer"].argmax(1)).mean()) if data.classifies else float("nan")
-    )
+    agreement = float((outputs["float"].argmax(1) == outputs["integer"].argmax(1)).mean()) if data.classifies else None
     floats = tuple(f for f in kernels.floats if not (blocks and f.startswith(_KEPT_FLOAT)))
     violations = _violations(kernels, floats, scores, times, len(integer), recipe)
     slower = any(v.gate == "latency" for v in violations)
@@ -190,7 +193,8 @@ def _measured(
         machine=processor(),
         runtime=f"onnxruntime {onnxruntime.__version__}",
     )
-    return Quantized(before if ships == "float" else integer, integer, report, ranges or RangeStats())
+    scaled = () if blocks else tuple(q.name for q in IntegerModel.read(made).activations)
+    return Quantized(before if ships == "float" else integer, integer, report, ranges or RangeStats(), prepared, scaled)
 
 
 _KEPT_FLOAT = ("Conv", "FusedConv", "Gemm", "FusedGemm", "Add", "FusedMatMul", "MatMul")

@@ -40,7 +40,7 @@ class QuantReport:
     """Figures of a float model and of its integer form.
 
     `method`: what was done, in order. Scores are shares: of right answers, or of the variance explained. `agreement`: how
-    often both name the same class. `snr_db`: signal to error of the output, and of each weight in `weight_snr_db`.
+    often both name the same class (None: there are none). `snr_db`: signal to error of the output, and of each weight in `weight_snr_db`.
     `cpu_us`: least CPU time of a sample, interleaved; `vmhwm_kb` of a fresh process. `ships`: "integer" or "float".
     """
 
@@ -50,7 +50,7 @@ class QuantReport:
     reason: str
     float_score: float
     integer_score: float
-    agreement: float
+    agreement: float | None
     snr_db: float
     weight_snr_db: dict[str, float]
     integer_kernels: int
