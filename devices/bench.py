@@ -7,9 +7,11 @@ process that has done more before, or of a child that inherited its parent's, wo
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -139,6 +141,34 @@ def fresh_process(model: Path | None) -> dict[str, int]:
         raise ProbeError(f"{model}: cannot be measured in a process of its own: {done.stderr.strip()[-300:]}")
     found: dict[str, int] = json.loads(done.stdout)
     return found
+
+
+def as_profile(found: Probe, name: str) -> str:
+    """What was measured as a profile in TOML (`devices/profile.py`); the flash is the size of the root file system."""
+    today = dt.datetime.now(dt.UTC).date().isoformat()
+    lines = [
+        f"name = {json.dumps(name)}",
+        f"arch = {json.dumps(found.arch)}",
+        *(
+            f'{key} = {{ value = {value}, from = "measured" }}'
+            for key, value in (
+                ("cores", found.cores),
+                ("ram_mb", found.ram_mb),
+                ("runtime_overhead_mb", found.runtime_overhead_mb),
+            )
+        ),
+        f'flash_kb = {{ value = {shutil.disk_usage("/").total // 1024}, from = "measured" }}',
+    ]
+    for times in found.programs:
+        lines += [
+            "",
+            "[[program]]",
+            f"id = {json.dumps(times.program)}",
+            f'step_ms = {{ value = {times.step_ms}, from = "measured" }}',
+            f"measured_on = {json.dumps(found.machine)}",
+            f"date = {json.dumps(today)}",
+        ]
+    return "\n".join(lines) + "\n"
 
 
 def processor() -> str:

@@ -237,6 +237,11 @@ def _checked_example(example: tuple[Array, Array], loss: Loss) -> tuple[Array, A
     return x, y
 
 
+def forward_of(model: nn.Module | Path | str, x: Array) -> ir.Model:
+    """The forward graph of a torch module or an ONNX file. Raises `UnsupportedModel`."""
+    return _read(model, x, fold=False).forward
+
+
 def _read(model: nn.Module | Path | str, x: Array, *, fold: bool) -> _Source:
     if isinstance(model, str | Path):
         from export import onnx_import
