@@ -10,7 +10,7 @@ resolution. Histograms, where they are counted, add up over fixed edges.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -48,6 +48,19 @@ class RangeStats:
 
     clients: Mapping[str, Mapping[str, Bounds]] = field(default_factory=dict)
     histograms: Mapping[str, Array] = field(default_factory=dict)
+
+    @classmethod
+    def observed(cls, client: str, names: Sequence[str], low: Array, high: Array, count: int = 1) -> RangeStats:
+        """From the accumulators of an `observe` program, `[n]` each, in the order of the bundle's `observed` names.
+
+        Raises `RangeError` for other shapes or bounds that are not finite.
+        """
+        if low.shape != (len(names),) or high.shape != (len(names),):
+            raise RangeError(
+                f"client {client!r}: the bounds are {list(low.shape)} and {list(high.shape)}, expected [{len(names)}]"
+            )
+        held = zip(names, low.tolist(), high.tolist(), strict=True)
+        return cls().combine(cls({client: {name: Bounds(count, *pair) for name, *pair in held}}))
 
     def add(self, client: str, name: str, values: Array) -> RangeStats:
         """With these values of a tensor. Raises `RangeError` if one is not finite."""
