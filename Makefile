@@ -2,6 +2,7 @@
 #   make demo  ARGS="--json out.json"            the main job on real data
 #   make test  ARGS="-k outbox"                  all tests, the same as CI
 #   make check                                   ruff, mypy strict, import rules
+#   make test-arm                              integer models on aarch64, emulated, bit for bit
 #   make soak  ARGS="-k chaos"                   the tests that run for minutes: kills for half an hour, and the like
 #   make fuzz  FUZZ_SECONDS=600                  what strangers send, thrown at every parser, guided by coverage
 #   make bench NAME=watch ARGS="--json out.json" one benchmark; without NAME: all of them
@@ -13,11 +14,11 @@ OLDEST_ONNXRUNTIME ?= onnxruntime==1.23.2
 ARGS ?=
 FUZZ_SECONDS ?= 60
 PARSERS = wire topic tensors update bundle job registry config
-BENCHMARKS = watch footprint step merge lora_study robust_study encodings chaos
+BENCHMARKS = watch footprint step quantize merge lora_study robust_study encodings chaos
 
 sources := $(shell find edge_sdk aggregator export devices -name '*.py')
 
-.PHONY: demo test soak fuzz check bench format clean
+.PHONY: demo test test-arm soak fuzz check bench format clean
 
 demo: .venv/ready .venv-device/ready
 	@scripts/install_mosquitto.sh
@@ -26,6 +27,11 @@ demo: .venv/ready .venv-device/ready
 test: .venv/ready .venv-device/ready .venv-oldest/ready
 	@scripts/install_mosquitto.sh
 	.venv/bin/python -m pytest $(ARGS)
+
+# int8 on aarch64 by emulation; needs Debian's package tools, and root once for the emulator.
+test-arm: .venv/ready
+	scripts/install_arm64.sh .venv/bin/python
+	.venv/bin/python -m pytest tests/export/quantize/test_arm64_parity.py $(ARGS)
 
 soak: .venv/ready
 	@scripts/install_mosquitto.sh

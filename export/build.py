@@ -27,12 +27,16 @@ from edge_sdk.tensors import Array, digest, pack
 from edge_sdk.update import max_update_bytes
 from export.cost import flops_per_sample, peak_bytes
 from export.cut import Features
+from export.deploy import Deployed, deployed
 from export.errors import ContractError, SpecError, UnsupportedModel
 from export.forward import static_tail, trainable_constants
 from export.graph import array_of, clone, dims
 from export.losses import Loss, check_output, loss_named
 from export.optimizers import optimizer_named
+from export.precision import Precision
 from export.proof import CentralDifferences, Oracle, Proof, prove
+from export.quantize.fold import fold_normalizations
+from export.quantize.pipeline import Data, Recipe, quantize_model
 from export.quantize.weights import quantize_weights
 from export.scopes import Scope, Trainable, scope_named
 from export.serialize import WeightFile, write_graphs
@@ -52,7 +56,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = ("float", "int8")
 LAST_FIFTH = HeldOut(0.2, 1)
 _ID_LIMIT = 64  # of a program id in a task
 
@@ -72,6 +75,15 @@ class ProgramSpec:
     batch: int = 32
     accumulate: bool = False
     largest: int | None = None
+
+
+@dataclass(frozen=True)
+class Deploy:
+    """Quantize the network for serving: how, and on which held-out samples it is judged (as the example)."""
+
+    recipe: Recipe
+    held_x: Array
+    held_y: Array
 
 
 @dataclass(frozen=True)
@@ -107,11 +119,15 @@ class Report:
 
 @dataclass(frozen=True)
 class _Source:
-    """A model that was read: its forward graph, the tensors that may train, and where the oracle comes from."""
+    """A model that was read: its forward graph, the tensors that may train, and where the oracle comes from.
+
+    `folded`: values of the module's tensors with which it is the function of the graph, where they differ from its own.
+    """
 
     forward: ir.Model
     parameters: tuple[str, ...]
     module: Any  # torch.nn.Module or None
+    folded: Mapping[str, Array]
 
 
 @dataclass
@@ -140,13 +156,14 @@ def build_bundle(
     held_out: HeldOut = LAST_FIFTH,
     seed: int = 0,
     release_key: SigningKey | None = None,
+    deploy: Deploy | None = None,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Write a bundle to `path`.
 
     `model`: a torch module, or the path of an ONNX file. `example`: x float32 `[n, *shape]`, y int64 `[n]` (cross_entropy)
     or float32 in the shape of the output (mse), n of 2 or more. `held_out`: the share of every recording that never
-    trains. `classes` names the labels. Raises `ExportError`; nothing is written then.
+    trains. `classes` names the labels. `deploy`: also quantize the network as it is, to serve it in integers. Raises `ExportError`; nothing is written then.
     """
     path = Path(path)
     if not path.absolute().parent.is_dir():
@@ -156,7 +173,8 @@ def build_bundle(
     if not programs:
         raise SpecError("there is no program to build: name at least one scope")
     on_progress("reading the model")
-    source = _read(model, x)
+    # All programs of a bundle share their tensors, so a fold that one of them needs is made for all.
+    source = _read(model, x, fold=any(Precision.named(spec.precision).serves for spec in programs))
     output = source.forward.graph.outputs[0]
     if static_tail(source.forward.graph.inputs[0]) != x.shape[1:]:
         raise SpecError(
@@ -172,12 +190,21 @@ def build_bundle(
     ids = [entry.id for entry in built]
     if len(set(ids)) != len(ids):
         raise SpecError(f"two programs would have the id {max(ids, key=ids.count)!r}: let their options differ")
-    manifest, files = _assemble(name, loss_rule, built, x, y, _class_names(classes, output, loss_rule), held_out)
+    extra = None
+    if deploy is not None:
+        data = Data(x, y, deploy.held_x, deploy.held_y)
+        found = quantize_model(source.forward, data, deploy.recipe, name=name, on_progress=on_progress)
+        on_progress(f"{found.report.ships} ships: {found.report.reason}")
+        extra = deployed(found, loss_rule, name, programs[0].batch)
+    named = _class_names(classes, output, loss_rule)
+    manifest, files = _assemble(name, loss_rule, built, x, y, named, held_out, extra)
     on_progress("writing and running it once")
     with tempfile.TemporaryDirectory() as folder:
         trial = Path(folder) / "trial.bundle"
         bundle_digest = write_archive(manifest, files, trial, release_key)
         _run_once(trial, built, x, y)
+        if extra is not None:
+            _run_deployed(trial, x, y)
     write_archive(manifest, files, path, release_key)
     reports = tuple(
         ProgramReport(
@@ -210,25 +237,31 @@ def _checked_example(example: tuple[Array, Array], loss: Loss) -> tuple[Array, A
     return x, y
 
 
-def _read(model: nn.Module | Path | str, x: Array) -> _Source:
+def forward_of(model: nn.Module | Path | str, x: Array) -> ir.Model:
+    """The forward graph of a torch module or an ONNX file. Raises `UnsupportedModel`."""
+    return _read(model, x, fold=False).forward
+
+
+def _read(model: nn.Module | Path | str, x: Array, *, fold: bool) -> _Source:
     if isinstance(model, str | Path):
         from export import onnx_import
 
         forward = onnx_import.forward_graph(Path(model))
-        return _Source(forward, tuple(trainable_constants(forward.graph)), None)
+        folded = fold_normalizations(forward) if fold else {}
+        return _Source(forward, tuple(trainable_constants(forward.graph)), None, folded)
     from export import torch_import
 
     forward = torch_import.forward_graph(model, x[:2])
+    folded = fold_normalizations(forward) if fold else {}
     named = [name for name, _ in model.named_parameters()]
-    return _Source(forward, tuple(name for name in named if name in forward.graph.initializers), model)
+    return _Source(forward, tuple(name for name in named if name in forward.graph.initializers), model, folded)
 
 
 def _build_program(
     source: _Source, spec: ProgramSpec, name: str, loss: str, example: tuple[Array, Array], seed: int
 ) -> _Built:
     began = time.process_time()
-    if spec.precision not in PRECISIONS:
-        raise SpecError(f"precision {spec.precision!r} is unknown; there are {', '.join(PRECISIONS)}")
+    precision = Precision.named(spec.precision)
     if type(spec.batch) is not int or spec.batch < 1:
         raise SpecError(f"batch = {spec.batch!r} must be a whole number of 1 or more")
     if spec.largest is not None and (type(spec.largest) is not int or spec.largest < 1 or not spec.accumulate):
@@ -247,9 +280,11 @@ def _build_program(
         )
     forward = clone(source.forward)
     applied = scope.apply(forward, source.parameters, seed)
-    dequantized = quantize_weights(forward) if spec.precision == "int8" else {}
+    dequantized = {} if precision.bits is None else quantize_weights(forward, precision.bits)
     loss_rule = loss_named(loss)
-    graphs = build_graphs(forward, applied.trainables, loss_rule, optimizer, ids[0], example[0], applied.constants)
+    graphs = build_graphs(
+        forward, applied.trainables, loss_rule, optimizer, ids[0], example[0], applied.constants, precision
+    )
     given = proof_constants(applied.constants, seed)
     proved = with_constants(forward, given)
     gradients = gradients_graph(proved, applied.trainables, loss_rule, ids[0])
@@ -262,7 +297,7 @@ def _build_program(
 
         tensors = {n: v.cpu().numpy() for n, v in tensors_of(source.module).items()}
         fixed = {name.split(".", 1)[1]: value for name, value in given.items()}
-        oracle = TorchOracle(source.module, {**tensors, **dequantized, **fixed}, loss)
+        oracle = TorchOracle(source.module, {**tensors, **source.folded, **dequantized, **fixed}, loss)
     proof = prove(ids[0], gradients, applied.trainables, applied.effective, oracle, *example, seed)
     frozen = {n: a for n, v in forward.graph.initializers.items() if (a := array_of(v)) is not None}
     return _Built(spec, scope, ids[0], ids[1], applied.trainables, applied.constants, graphs, frozen, proof, seconds)
@@ -284,7 +319,14 @@ def _file(program_id: str, kind: str) -> str:
 
 
 def _assemble(
-    name: str, loss: Loss, built: Sequence[_Built], x: Array, y: Array, classes: list[str] | None, held_out: HeldOut
+    name: str,
+    loss: Loss,
+    built: Sequence[_Built],
+    x: Array,
+    y: Array,
+    classes: list[str] | None,
+    held_out: HeldOut,
+    extra: Deployed | None = None,
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The manifest (without its list of files) and the files."""
     weights = WeightFile()
@@ -301,10 +343,13 @@ def _assemble(
         for entry in built
         for kind, model in entry.graphs.files(accumulate=entry.spec.accumulate).items()
     }
+    rows = list(table.values())
+    if extra is not None:
+        models |= extra.graphs
+        rows += [dict(row) for row in extra.tensors if row["name"] not in table]
     graphs, content = write_graphs(list(models.values()), weights)
     files = dict(zip(models, graphs, strict=True))
     files["weights.safetensors"] = content
-    rows = list(table.values())
     output = built[0].graphs.infer.graph.outputs[0]
     target: dict[str, Any] = {"name": TARGET, "dtype": y.dtype.name, "shape": list(y.shape[1:])}
     if loss.classifies:
@@ -318,8 +363,14 @@ def _assemble(
         "fields": [{"name": INPUT, "dtype": "float32", "shape": list(x.shape[1:])}, target],
         "classes": classes,
         "tensors": rows,
-        "programs": [row for entry in built for row in _program_rows(entry, loss)],
-        "report": {"operators": sorted({op for model in models.values() for op in operators(model)})},
+        "programs": [
+            *(row for entry in built for row in _program_rows(entry, loss)),
+            *(() if extra is None else extra.programs),
+        ],
+        "report": {
+            "operators": sorted({op for model in models.values() for op in operators(model)}),
+            **({} if extra is None else extra.report),
+        },
     }
     return manifest, files
 
@@ -432,6 +483,18 @@ def _program_rows(entry: _Built, loss: Loss) -> list[dict[str, Any]]:
             "cost": {"bytes_up": sum(counted), "bytes_down": 0, "state_bytes": 2 * sum(counted)},
         },
     ]
+
+
+def _run_deployed(path: Path, x: Array, y: Array) -> None:
+    """Run the programs of the quantized network with the device's runtime."""
+    with Bundle.open(path) as bundle:
+        for program in bundle.programs.values():
+            if program.scope == "observe" or (program.accumulates and program.infer is not None):
+                stepper = Stepper(bundle, program, bundle.initial(program))
+                stepper.step({INPUT: x[:3], TARGET: y[:3]})
+                stepper.close()
+            if program.accumulates and program.infer is not None:
+                Predictor(bundle, program, bundle.initial(program)).predict(x[:3])
 
 
 def _run_once(path: Path, built: Sequence[_Built], x: Array, y: Array) -> None:

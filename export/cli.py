@@ -1,7 +1,7 @@
-"""`edgewise export build SPEC -o model.bundle` and `edgewise export check MODEL --train GLOB`.
+"""`edgewise export build SPEC -o model.bundle`, `quantize SPEC -o model.onnx` and `check MODEL --train GLOB`.
 
 Exit codes: 0 written, or it can train; 3 the specification or the model is wrong, or it cannot train; 5 the proof of a
-step graph failed (nothing is written).
+step graph failed; 6 a gate of the quantized model failed (docs/quantization.md). Nothing is written but with 0.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from edge_sdk.keys import SigningKey
 
 
 def register(parser: argparse.ArgumentParser) -> None:
-    """Add `build` and `check`."""
+    """Add `build`, `quantize` and `check`."""
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     build = commands.add_parser("build", help="make a bundle from a model, a loss and an example batch")
     build.add_argument(
@@ -25,6 +25,13 @@ def register(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--key", type=Path, help="the private release key that signs it")
     build.add_argument("--json", action="store_true", help="print the report as JSON")
     build.set_defaults(run=_build)
+    quantize = commands.add_parser("quantize", help="make an integer ONNX file of a model, if it passes the gates")
+    quantize.add_argument("spec", type=Path, metavar="SPEC", help="the export specification; its [deploy] says how")
+    quantize.add_argument("-o", "--output", type=Path, required=True, help="the ONNX file to write")
+    quantize.add_argument("--bits", type=int, help="of weights, 2 to 8")
+    quantize.add_argument("--allow", action="append", default=[], metavar="GATE", help="a gate that may fail")
+    quantize.add_argument("--json", action="store_true", help="print the report as JSON")
+    quantize.set_defaults(run=_quantize)
     check = commands.add_parser(
         "check", help="say whether an ONNX model can train, at what cost, or what is in the way"
     )
@@ -53,6 +60,31 @@ def _build(args: argparse.Namespace) -> int:
             f"{program.nodes} nodes, {program.step_bytes} bytes; gradients within {program.proof.max_relative_error:.1e} "
             f"of {program.proof.oracle} at batches {', '.join(map(str, program.proof.batches))}; built in {program.seconds:.2f} s"
         )
+    return 0
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from export.spec import load_spec, quantize_spec, with_deploy
+
+    given = {"bits": args.bits} if args.bits is not None else {}
+    spec = load_spec(args.spec)
+    allowed = [*(spec.deploy or {}).get("allow", ()), *args.allow]
+    spec = replace(spec, deploy=with_deploy(spec, {**given, "allow": allowed}))
+    report = quantize_spec(spec, args.output, on_progress=lambda text: print(text, file=sys.stderr, flush=True))
+    if args.json:
+        print(json.dumps(report.to_json()))
+        return 0
+    size = report.integer_bytes if report.ships == "integer" else report.float_bytes
+    print(f"{args.output}: {report.ships} ships, {size} bytes ({report.float_bytes} in float); {report.reason}")
+    print(f"  score {report.integer_score:.4f}, in float {report.float_score:.4f}; by {', '.join(report.method)}")
+    print(
+        f"  {report.integer_kernels} integer kernels, {len(report.float_kernels)} float ones; CPU time "
+        f"{report.integer_cpu_us:.0f} us against {report.float_cpu_us:.0f} us on {report.machine}"
+    )
+    for violation in report.violations:
+        print(f"  {violation.gate}: {violation.finding}; {violation.advice}")
     return 0
 
 

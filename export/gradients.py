@@ -5,7 +5,7 @@ activity analysis is what makes partial training cheap: the backward pass never 
 tensor, and no rule is asked for a gradient that nobody wants.
 
 Two marks in a node's metadata change what is differentiated: `edgewise.stop_gradient` on an Identity ends the way, and
-`edgewise.straight_through` on a Round lets the gradient pass (fake quantization).
+what is marked `edgewise.straight_through` hands the gradient of its output to its first input as it is (fake quantization).
 """
 
 from __future__ import annotations
@@ -107,8 +107,12 @@ def passes_gradient(node: ir.Node) -> bool:
     return node.op_type not in _OPAQUE or STRAIGHT_THROUGH in node.metadata_props
 
 
+def _first_only(node: ir.Node) -> bool:
+    return node.op_type in _FIRST_ONLY or STRAIGHT_THROUGH in node.metadata_props
+
+
 def _differentiable_inputs(node: ir.Node) -> list[ir.Value]:
-    inputs = node.inputs[:1] if node.op_type in _FIRST_ONLY else node.inputs
+    inputs = node.inputs[:1] if _first_only(node) else node.inputs
     return [value for value in inputs if value is not None]
 
 
@@ -127,7 +131,7 @@ def differentiate(builder: Builder, loss: ir.Value, wrt: Sequence[ir.Value]) -> 
     known = rules()
     path = path_between(builder.graph, wrt, loss)
     _check_reach(builder.graph, path, wrt, loss)
-    missing = [node for node in path.nodes if node.op_type not in known]
+    missing = [node for node in path.nodes if node.op_type not in known and STRAIGHT_THROUGH not in node.metadata_props]
     if missing:
         raise _no_rule(builder.graph, path, wrt, loss, dict.fromkeys(missing, ""))
     contributions: dict[ir.Value, list[ir.Value]] = {loss: [builder.const(np.array(1, np.float32))]}
@@ -138,7 +142,7 @@ def differentiate(builder: Builder, loss: ir.Value, wrt: Sequence[ir.Value]) -> 
         if all(dy is None for dy in dys):
             continue
         wanted = [value is not None and value in path.relevant for value in node.inputs]
-        if node.op_type in _FIRST_ONLY:
+        if _first_only(node):
             wanted[1:] = [False] * (len(wanted) - 1)
         try:
             gradients = _apply(builder, node, dys, wanted)
@@ -160,6 +164,8 @@ def differentiate(builder: Builder, loss: ir.Value, wrt: Sequence[ir.Value]) -> 
 
 
 def _apply(builder: Builder, node: ir.Node, dys: Sequence[ir.Value | None], wanted: Wanted) -> Gradients:
+    if STRAIGHT_THROUGH in node.metadata_props:
+        return [dys[0], *[None] * (len(node.inputs) - 1)]
     if node.op_type in RULES_OF_ALL:
         return RULES_OF_ALL[node.op_type](builder, node, dys, wanted)
     for number, dy in enumerate(dys[1:], 2):

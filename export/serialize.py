@@ -51,7 +51,11 @@ def write_graphs(models: Sequence[ir.Model], weights: WeightFile) -> tuple[list[
     Raises `ContractError` for a graph file above the limit (I13).
     """
     keys = [
-        {name: weights.add(name, value) for name, value in sorted(constants(model).items()) if value.nbytes >= INLINE}
+        {
+            name: weights.add(name, value)
+            for name, value in sorted(constants(model).items())
+            if value.nbytes >= INLINE and value.dtype.kind in "biuf"
+        }
         for model in models
     ]
     content = weights.to_bytes()

@@ -17,11 +17,13 @@ import onnx_ir as ir
 from edge_sdk.tensors import Array
 from export.cut import NOTHING_FROZEN, Cut, Features, cut
 from export.decompose import decompose
-from export.errors import ContractError
+from export.errors import ContractError, SpecError
 from export.gradients import differentiate
 from export.graph import IR_VERSION, OPSET, Builder, clone, dims, tidy
 from export.losses import Accumulator, Loss
 from export.optimizers import Optimizer, append_optimizer
+from export.precision import FLOAT, Precision
+from export.quantize.fake import fake_quantize
 from export.scopes import Trainable
 from export.shapes import BATCH, infer_shapes
 
@@ -64,33 +66,35 @@ def build_graphs(
     program_id: str,
     example: Array | None = None,
     constants: Sequence[Trainable] = (),
+    precision: Precision = FLOAT,
 ) -> Graphs:
     """All graphs of a program from `forward` (`d.x`, `p.*` in; one output). Raises `ExportError`.
 
     `example`: of `d.x` `[n, *shape]`, by which the frozen part is tried for what may be kept of it; without one nothing is
-    cut off. `constants`: further inputs, which are given with the start and do not train.
+    cut off. `constants`: further inputs, which are given with the start and do not train. `precision`: which graphs get
+    fake quantizers; constant weights are the caller's.
     """
     names = [trainable.name for trainable in trainables]
-    accumulators: list[Accumulator] = []
-
-    def accumulate(b: Builder, output: ir.Value, target: ir.Value, weight: ir.Value) -> None:
-        accumulators.extend(_accumulate(b, loss, output, target, weight))
 
     def step(b: Builder, output: ir.Value, target: ir.Value, weight: ir.Value) -> None:
         _, outputs = append_optimizer(b, optimizer, _differentiated(b, loss, output, target, weight, names))
         b.graph.outputs.extend(outputs)
 
-    infer = clone(forward)
-    infer.graph.outputs[0].name = "y.0"
     parts = Cut(None, forward, NOTHING_FROZEN) if example is None else cut(forward, example)
+    infer, served = clone(forward), parts.rest
+    if precision.serves:
+        infer, served = (quantized(model, trainables, precision) for model in (forward, parts.rest))
+    stepped = served if precision.trains else parts.rest
+    infer.graph.outputs[0].name = "y.0"
+    evaluate, accumulators = accumulating_graph(served, loss, program_id)
     graphs = Graphs(
-        infer=_finished(infer, program_id),
-        prefix=None if parts.prefix is None else _finished(parts.prefix, program_id),
-        step=_with_loss(parts.rest, loss, step, program_id),
-        evaluate=_with_loss(parts.rest, loss, accumulate, program_id),
-        gradients=gradients_graph(parts.rest, trainables, loss, program_id),
-        apply=_finished(_apply(trainables, optimizer), program_id),
-        accumulators=tuple(accumulators),
+        infer=finished(infer, program_id),
+        prefix=None if parts.prefix is None else finished(parts.prefix, program_id),
+        step=_with_loss(stepped, loss, step, program_id),
+        evaluate=evaluate,
+        gradients=gradients_graph(stepped, trainables, loss, program_id),
+        apply=finished(_apply(trainables, optimizer), program_id),
+        accumulators=accumulators,
         features=parts.features,
     )
     for model in graphs.files(accumulate=True).values():
@@ -98,6 +102,19 @@ def build_graphs(
     table = {t.graph_name: t.value.shape for t in (*trainables, *constants)}
     check_program(graphs, table, program_id)
     return graphs
+
+
+def quantized(forward: ir.Model, trainables: Sequence[Trainable], precision: Precision) -> ir.Model:
+    """The graph with its trained weights, and what enters their layers, fake-quantized. Raises `SpecError` for none."""
+    model = clone(forward)
+    assert precision.bits is not None
+    weights = [t.graph_name for t in trainables if t.merge == "mean"]  # an adapter stays outside every quantizer
+    if not fake_quantize(model, weights, precision.bits):
+        raise SpecError(
+            f"precision {precision.name} quantizes the weights that train, and none does: adapters stay float32; "
+            "take int8, or a scope that trains the weights of layers"
+        )
+    return model
 
 
 def gradients_graph(forward: ir.Model, trainables: Sequence[Trainable], loss: Loss, program_id: str) -> ir.Model:
@@ -136,7 +153,7 @@ def loss_graph(forward: ir.Model, loss: Loss) -> ir.Model:
     b, output, target, weight = _data_inputs(model, loss)
     value = loss.build(b, output, target, weight)
     model.graph.outputs[:] = [_scalar(value)]
-    return _finished(model, "loss")
+    return finished(model, "loss")
 
 
 def _apply(trainables: Sequence[Trainable], optimizer: Optimizer) -> ir.Model:
@@ -150,6 +167,17 @@ def _apply(trainables: Sequence[Trainable], optimizer: Optimizer) -> ir.Model:
     return model
 
 
+def accumulating_graph(forward: ir.Model, loss: Loss, program_id: str) -> tuple[ir.Model, tuple[Accumulator, ...]]:
+    """`d.x`, `d.y`, `d.w` and accumulators in, the accumulators after this batch out: how held-out samples are scored."""
+    found: list[Accumulator] = []
+
+    def accumulate(b: Builder, output: ir.Value, target: ir.Value, weight: ir.Value) -> None:
+        found.extend(_accumulate(b, loss, output, target, weight))
+
+    model = _with_loss(forward, loss, accumulate, program_id)
+    return model, tuple(found)
+
+
 def _with_loss(
     forward: ir.Model, loss: Loss, append: Callable[[Builder, ir.Value, ir.Value, ir.Value], None], program_id: str
 ) -> ir.Model:
@@ -157,7 +185,7 @@ def _with_loss(
     b, output, target, weight = _data_inputs(model, loss)
     model.graph.outputs.clear()
     append(b, output, target, weight)
-    return _finished(model, program_id)
+    return finished(model, program_id)
 
 
 def _data_inputs(model: ir.Model, loss: Loss) -> tuple[Builder, ir.Value, ir.Value, ir.Value]:
@@ -190,7 +218,7 @@ def _accumulate(
 ) -> tuple[Accumulator, ...]:
     b.scope = "evaluate"
     found = loss.evaluate(b, output, target, weight)
-    b.graph.outputs.append(_scalar(b.op("Identity", np.array(0, np.float32), name="loss")))
+    loss_free(b)
     for accumulator in found:
         held = b.input(f"a.{accumulator.name}", "float32", accumulator.shape)
         new = b.op("Add", held, accumulator.added, name=f"a.{accumulator.name}.next")
@@ -199,10 +227,15 @@ def _accumulate(
     return found
 
 
+def loss_free(b: Builder) -> None:
+    """The loss of a program that has none: an output of zero."""
+    b.graph.outputs.append(_scalar(b.op("Identity", np.array(0, np.float32), name="loss")))
+
+
 _ORDER = ("d", "f", "r", "grad", "p", "s", "e", "n", "a", "p0", "c", "h")
 
 
-def _finished(model: ir.Model, program_id: str) -> ir.Model:
+def finished(model: ir.Model, program_id: str) -> ir.Model:
     """Simplify, drop inputs that nothing reads, put inputs in the order of the contract, strip what is not needed."""
     tidy(model)
     graph = model.graph

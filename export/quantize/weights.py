@@ -1,11 +1,13 @@
-"""Weight-only int8: a frozen weight becomes int8 with one float32 scale per output channel, and one DequantizeLinear.
+"""Weight-only integers: a frozen weight becomes int8 with one float32 scale per output channel, and one DequantizeLinear.
 
-Symmetric, zero point 0, 127 levels on each side (methods/precision.md, weights). The dequantized value is read by the
+Symmetric, zero point 0, 2^(b-1) - 1 levels on each side (methods/precision.md, section 4). The dequantized value is read by the
 forward and the backward pass alike, so both see the same weight. Trainable tensors and adapters are inputs of the graph
 and are never touched. This saves flash and download; it saves neither time nor memory (step-graphs.md, section 5).
 """
 
 from __future__ import annotations
+
+from typing import Final
 
 import numpy as np
 import onnx_ir as ir
@@ -13,22 +15,25 @@ import onnx_ir as ir
 from edge_sdk.tensors import Array
 from export.graph import array_of, attribute, constant
 
-_LEVELS = 127
+WEIGHTED: Final = ("Conv", "Gemm", "MatMul")
 
 
-def quantize_weights(model: ir.Model) -> dict[str, Array]:
-    """Quantize every constant weight of Conv, Gemm and MatMul in place; return what each one dequantizes to, by name."""
+def quantize_weights(model: ir.Model, bits: int = 8) -> dict[str, Array]:
+    """Quantize every constant weight of Conv, Gemm and MatMul in place; return what each one dequantizes to, by name.
+
+    Codes of fewer than 8 bits are stored in int8 as well.
+    """
     graph = model.graph
     dequantized: dict[str, Array] = {}
     for node in list(graph):
-        weight = node.inputs[1] if node.op_type in ("Conv", "Gemm", "MatMul") else None
-        source = _source(weight)
+        weight = node.inputs[1] if node.op_type in WEIGHTED else None
+        source = source_of(weight)
         value = array_of(source)
         if source is None or value is None or value.ndim < 2 or value.dtype != np.float32:
             continue
         maker = weight.producer() if weight is not None else None
-        axis = _output_axis(node, transposed=maker is not None and maker.op_type == "Transpose")
-        codes, scales = quantize(value, axis)
+        axis = output_axis(node, transposed=maker is not None and maker.op_type == "Transpose")
+        codes, scales = quantize(value, axis, bits)
         name = str(source.name)
         shape = [-1 if i == axis else 1 for i in range(value.ndim)]
         dequantized[name] = codes.astype(np.float32) * scales.reshape(shape)
@@ -46,16 +51,22 @@ def quantize_weights(model: ir.Model) -> dict[str, Array]:
     return dequantized
 
 
-def quantize(value: Array, axis: int) -> tuple[Array, Array]:
+def levels(bits: int) -> int:
+    """How many steps of the scale lie on each side of zero."""
+    return (1 << (bits - 1)) - 1
+
+
+def quantize(value: Array, axis: int, bits: int = 8) -> tuple[Array, Array]:
     """int8 codes in the shape of `value`, and float32 scales `[value.shape[axis]]`."""
+    most = levels(bits)
     others = tuple(i for i in range(value.ndim) if i != axis)
-    scales = (np.abs(value).max(axis=others) / _LEVELS).astype(np.float32)
+    scales = (np.abs(value).max(axis=others) / most).astype(np.float32)
     scales = np.where(scales > 0, scales, np.float32(1))
     shape = [-1 if i == axis else 1 for i in range(value.ndim)]
-    return np.rint(value / scales.reshape(shape)).clip(-_LEVELS, _LEVELS).astype(np.int8), scales
+    return np.rint(value / scales.reshape(shape)).clip(-most, most).astype(np.int8), scales
 
 
-def _source(weight: ir.Value | None) -> ir.Value | None:
+def source_of(weight: ir.Value | None) -> ir.Value | None:
     """The constant behind a weight: through a transposition (torch's linear layers) or the sum with an adapter's product."""
     node = None if weight is None else weight.producer()
     if node is None:
@@ -64,7 +75,8 @@ def _source(weight: ir.Value | None) -> ir.Value | None:
     return node.inputs[0] if transposes or node.op_type == "Add" else None
 
 
-def _output_axis(node: ir.Node, *, transposed: bool) -> int:
+def output_axis(node: ir.Node, *, transposed: bool) -> int:
+    """The axis of the stored weight along which its node's output channels lie."""
     if node.op_type == "Conv" or transposed:
         return 0
     if node.op_type == "Gemm":
