@@ -14,7 +14,7 @@ OLDEST_ONNXRUNTIME ?= onnxruntime==1.23.2
 ARGS ?=
 FUZZ_SECONDS ?= 60
 PARSERS = wire topic tensors update bundle job registry config
-BENCHMARKS = watch footprint step quantize merge lora_study robust_study encodings chaos
+BENCHMARKS = watch footprint step quantize precision merge lora_study robust_study encodings chaos
 
 sources := $(shell find edge_sdk aggregator export devices -name '*.py')
 

@@ -119,6 +119,9 @@ class RoundRecord:
     start: str
     phase: str
     assigned: Sequence[str] = ()
+    programs: Mapping[str, Sequence[Any]] = field(
+        default_factory=dict
+    )  # device -> (program that it trains, why, since ms)
     declined: Mapping[str, str] = field(default_factory=dict)
     closed: int | None = None
     outcome: str | None = None
@@ -168,6 +171,8 @@ class DeviceStatus:
     refused: int
     bytes_up: int
     bytes_down: int
+    program: str = ""  # what it was told to train last
+    reason: str = ""  # why, where the assigner has a reason
 
 
 @dataclass(frozen=True)
@@ -555,6 +560,24 @@ class Journal:
         row = self._db.execute("SELECT record FROM round WHERE round=?", (number,)).fetchone()
         return None if row is None else _record(self._db, json.loads(row[0]))
 
+    def assigned(self, number: int, device: str) -> str | None:
+        """The id of the program that a device was told to train in a round."""
+        row = self._db.execute(
+            "SELECT json_extract(record, '$.programs.' || json_quote(?2) || '[0]') FROM round WHERE round=?1",
+            (number, device),
+        ).fetchone()
+        return None if row is None else row[0]
+
+    def accepted_since(self, row: int) -> tuple[int, list[tuple[LedgerRow, int]]]:
+        """Updates of training phases accepted after ledger row `row`, with gateway ms, and the number of the last row."""
+        rows = self._db.execute(
+            "SELECT device, outbox_id, seq, upload, task, round, phase, start, num_examples, metrics, norm, accepted_at, "
+            "rowid FROM ledger WHERE rowid>? AND phase='train' ORDER BY rowid",
+            (row,),
+        ).fetchall()
+        found = [(LedgerRow(*(*held[:9], json.loads(held[9]), held[10])), int(held[11])) for held in rows]
+        return (int(rows[-1][12]) if rows else row), found
+
     def publish(self, topic: str, payload: bytes, expires: int | None) -> None:
         """Remember a retained message (empty: cleared); `expires` is gateway ms."""
         self._db.execute("INSERT OR REPLACE INTO published VALUES (?, ?, ?)", (topic, payload, expires))
@@ -721,6 +744,8 @@ def _status(db: sqlite3.Connection, rounds: int, *, running: bool) -> Status:
     )
     refused = list(db.execute("SELECT device, reason, count FROM refused"))
     traffic = {row[0]: row[1:] for row in db.execute("SELECT device, sum(up), sum(down) FROM traffic GROUP BY 1")}
+    history = [_record(db, json.loads(row[0])) for row in db.execute("SELECT record FROM round ORDER BY round")]
+    told = {device: entry for record in history for device, entry in record.programs.items()}
     devices = []
     for row in db.execute("SELECT device, outbox_id, online, seen, paused, entries FROM device ORDER BY device"):
         mine = [(fate, count) for device, fate, count in fates if device == row[0]]
@@ -739,6 +764,8 @@ def _status(db: sqlite3.Connection, rounds: int, *, running: bool) -> Status:
                 refused=sum(count for device, _, count in refused if device == row[0]),
                 bytes_up=up,
                 bytes_down=down,
+                program=told.get(row[0], ("", ""))[0],
+                reason=told.get(row[0], ("", ""))[1],
             )
         )
     aside = _sum_by([(fate, count) for _, fate, count in fates if fate])
@@ -779,7 +806,7 @@ def _status(db: sqlite3.Connection, rounds: int, *, running: bool) -> Status:
         trained=folded,
         measured=merged - folded,
         duplicated=0 if compacted else max(0, folded - marked),
-        history=[_record(db, json.loads(row[0])) for row in db.execute("SELECT record FROM round ORDER BY round")],
+        history=history,
         refusals=_refusals(db, REFUSALS_SHOWN),
     )
 

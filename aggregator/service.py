@@ -30,11 +30,12 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from aggregator import fold, intake, rounds
+from aggregator.assign import Question, Worked
 from aggregator.assign.uniform import Assignment, assign
 from aggregator.blobs import BlobStore, DiskFullError, storage_error, sync_folder, write_through
 from aggregator.broker import SESSION_EXPIRY, Broker, Security
 from aggregator.job import Job, check_against
-from aggregator.journal import Identity, Journal, RoundRecord, Status
+from aggregator.journal import Identity, Journal, LedgerRow, RoundRecord, Status
 from devices.registry import Registry, RegistryError
 from devices.roles import initial_config
 from edge_sdk import faults, wire
@@ -55,6 +56,9 @@ PROBE_SECONDS: Final = 1.0  # between looks at the disk
 ACK_EXPIRY, COMMAND_EXPIRY, BLOB_EXPIRY = 300, 60, 60  # seconds (transport.md, section 3)
 MODEL_FILE: Final = "model.safetensors"
 SUMMARY_FILE: Final = "summary.json"
+_ASSIGNER: Final = (
+    "assigner"  # of the journal's named values: the assigner's state, and the last ledger row it knows of
+)
 _DIGESTS_KEPT: Final = 4096
 _STRANGERS_TOLD: Final = 256  # ids that the log names, until the registry changes
 
@@ -249,6 +253,8 @@ class Service:
         stack.callback(self._journal.close)
         self._blobs = BlobStore(job.state / "blobs")
         self._fold = fold.Fold(job, self._bundle, self._journal, self._blobs)
+        for note in self._fold.assigner.notes:
+            log.warning("%s", note)
         self._settings = rounds.Settings(
             rounds=job.rounds,
             nonce=self._journal.nonce,
@@ -526,7 +532,8 @@ class Service:
     def _rounds_step(self, event: rounds.Event, out: list[_Outward]) -> None:
         before = self._rounds.tasks
         self._rounds, effects = rounds.step(self._rounds, event)
-        if self._record is not None and self._rounds.phase is rounds.Phase.TRAIN and self._rounds.tasks is not before:
+        training = self._rounds.phase is rounds.Phase.TRAIN and self._rounds.tasks is not before
+        if training and self._record is not None and self._record.round == self._rounds.round:
             self._note_tasks()
         for effect in effects:
             self._apply(effect, out)
@@ -609,6 +616,8 @@ class Service:
         return frozenset({self._rounds.model, self._rounds.candidate or self._rounds.model})
 
     def _issue(self, effect: rounds.IssueTasks, out: list[_Outward]) -> None:
+        if effect.phase is rounds.Phase.TRAIN:
+            self._choose(effect.round, sorted(effect.tasks))
         refactorises = self._fold.merger(effect.round).refactorises
         for device, task_id in sorted(effect.tasks.items()):
             program = self._fold.program(effect.round, effect.phase, device)
@@ -617,6 +626,28 @@ class Service:
             self._retain(self._address.assign(device), self._sign(task, device), effect.deadline, out)
         tasks = dict(effect.tasks)
         self._intake_step(self._issued(effect.round, effect.phase, effect.start, effect.deadline, tasks), out)
+
+    def _choose(self, number: int, devices: Sequence[str]) -> None:
+        """Ask the assigner what these devices train, and write the answer down before anything follows from it."""
+        assert self._record is not None
+        journal, now = self._journal, self._clock.now()
+        saved = json.loads(journal.meta(_ASSIGNER) or "null") or {"row": 0, "state": None}
+        last, rows = journal.accepted_since(saved["row"])
+        records = {number: journal.round(number) for number in {row.round for row, _ in rows}}
+        question = Question(
+            number=number,
+            rounds=self._job.rounds + self._rounds.uncounted,
+            devices=devices,
+            present=self._rounds.online.union(devices),
+            worked=[_work_of(row, records[row.round], accepted) for row, accepted in rows],
+            loss=self._fold.validation_loss(number - 1),
+        )
+        answer = self._fold.assigner.answer(saved["state"], question)
+        told = {device: (program, answer.reasons.get(device, ""), now) for device, program in answer.programs.items()}
+        self._record = replace(self._record, programs={**self._record.programs, **told})
+        journal.save_round(self._record)
+        if answer.state is not None:
+            journal.set_meta(_ASSIGNER, json.dumps({"row": last, "state": answer.state}))
 
     def _task(self, effect: rounds.IssueTasks, task_id: str, program: Program, assigned: Assignment) -> wire.Task:
         start = self._fold.start_of(effect.round, effect.start, program)
@@ -823,8 +854,7 @@ class Service:
 
     def _job_manifest(self) -> wire.JobManifest:
         limits = self._job.limits
-        job = self._job
-        trained = [self._bundle.program(p) for p in (job.program, *job.assign.programs.values(), *job.assign.cycle)]
+        trained = [self._bundle.program(program_id) for program_id in self._fold.assigner.programs]
         programs = list(dict.fromkeys([p.id for p in trained] + [p.evaluate for p in trained if p.evaluate]))
         return wire.JobManifest(
             **self._common(),
@@ -992,6 +1022,11 @@ class Service:
                 for effect in effects:
                     if isinstance(effect, intake.SendAck | intake.SendBlobChunk):
                         self._carry_out(effect)
+
+
+def _work_of(row: LedgerRow, record: RoundRecord | None, accepted: int) -> Worked:
+    program, _, since = ({} if record is None else record.programs).get(row.device, ("", "", accepted))
+    return Worked(row.device, program, (accepted - since) / 1000, row.num_examples, row.metrics)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -56,7 +56,11 @@ def results(path: Path, program_ids: list[str]) -> dict[str, Any]:
             update = decode_update(outcome.body, program, bundle.tensors, start)
             found |= {f"{program_id}: update of {name}": value for name, value in update.items()}
             found[f"{program_id}: examples of the task"] = outcome.num_examples
-            found |= {f"{program_id}: {name} of the task": value for name, value in outcome.metrics.items()}
+            found |= {
+                f"{program_id}: {name} of the task": value
+                for name, value in outcome.metrics.items()
+                if name != "step_ms"
+            }
     return found
 
 
