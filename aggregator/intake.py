@@ -497,7 +497,8 @@ def _offered(state: Intake, event: Offered) -> Result:
         return _reject(state, event, "seq_conflict", detail, alarm=True)
     if offer.seq <= event.floor:
         return _reject(state, event, "round_closed", f"number {offer.seq} is closed since long")
-    if not is_open and not _is_ours(state, device, offer.round, offer.task):
+    settings = rounds.Settings(rounds=0, nonce=state.nonce)
+    if not is_open and not rounds.is_task_of(settings, offer.round, device, offer.task):
         return _reject(state, event, "foreign_task", f"task {offer.task} was not issued here to this device")
     if event.answered:
         return _reject(state, event, "already_answered", f"task {offer.task} has been answered")
@@ -516,13 +517,6 @@ def _offered(state: Intake, event: Offered) -> Result:
     state, effects = _check_outbox(state, device, offer.outbox_id)
     state, more = _admit(state, event, task)
     return state, (*effects, *more)
-
-
-def _is_ours(state: Intake, device: str, number: int, task: str) -> bool:
-    """Whether this could be a task that this journal issued: ids are derived, so no list of old ones is
-    kept."""
-    settings = rounds.Settings(rounds=0, nonce=state.nonce)
-    return any(rounds.task_id(settings, number, phase, device) == task for phase in rounds.OPEN)
 
 
 def _reject(state: Intake, event: Offered, reason: str, detail: str, *, alarm: bool = False) -> Result:

@@ -31,6 +31,7 @@ entries stand aside until a time). Work: NONE, FETCHING, READY, TRAINING.
 | any upload                | timer `verdict`            | PublishOffer again, later each time                | OFFERED          |
 | NONE                      | TaskOffered, good          | fetch what is missing                              | FETCHING, READY  |
 | any                       | TaskOffered, refused       | PublishStatus with `declined`                      | same             |
+| any                       | TaskRepeated, or TaskOffered of an earlier round | PublishStatus with `declined` | same            |
 | FETCHING                  | BlobReady                  |                                                    | READY            |
 | READY                     | synced, gate open          | StartTask, SetTimer `deadline`                     | TRAINING         |
 | TRAINING                  | TaskDone                   | OutboxChanged follows                              | NONE             |
@@ -230,6 +231,13 @@ class TaskOffered(Event):
     task: Task
     refusal: str | None
     start: Blob | None
+
+
+@dataclass(frozen=True)
+class TaskRepeated(Event):
+    """A signed task that was done and answered before: the gateway has forgotten the answer, or it is an old message."""
+
+    task: str
 
 
 @dataclass(frozen=True)
@@ -676,7 +684,10 @@ def _task(state: Conversation, event: TaskOffered) -> Result:
     if state.task is not None and state.task.task == task.task:
         return _ignore(state, "same_task")
     late = state.synced and state.gateway_now(event.now) * 1000 >= task.deadline
-    if task.now < state.opened or late:
+    if task.now < state.opened:
+        state, _ = _ignore(state, "old_task")
+        return _tell_gone(state, task.task, "of an earlier round")
+    if late:
         return _ignore(state, "old_task")
     state, effects = _drop(state)
     if event.refusal is not None:
@@ -687,6 +698,15 @@ def _task(state: Conversation, event: TaskOffered) -> Result:
     state, more = _fetch(state, event.now)
     state, begun = _begin(state, event.now)
     return state, (*effects, *more, *begun)
+
+
+def _repeated(state: Conversation, event: TaskRepeated) -> Result:
+    return _tell_gone(state, event.task, "answered before")
+
+
+def _tell_gone(state: Conversation, task: str, why: str) -> Result:
+    """Nobody will do this task. It matters where the gateway was put back from a copy, and waits for it."""
+    return state, (PublishStatus(State.ONLINE, (task, why)),) if state.link is LinkState.ONLINE else ()
 
 
 def _cleared(state: Conversation, _event: TaskCleared) -> Result:
@@ -901,6 +921,7 @@ HANDLERS: Final[Mapping[type[Event], Callable[[Conversation, Any], Result]]] = M
         CommandReceived: _command,
         RoundSeen: _round,
         TaskOffered: _task,
+        TaskRepeated: _repeated,
         TaskCleared: _cleared,
         BlobChunk: _blob_chunk,
         BlobReady: _blob_ready,

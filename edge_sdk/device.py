@@ -574,6 +574,8 @@ class EdgeDevice:
 
     def _task(self, task: wire.Task) -> None:
         if self._outbox.task_done(task.task):
+            if all(entry.task != task.task for entry in self._outbox.entries()):
+                self._advance(talk.TaskRepeated(_now(), task.task))
             return
         refusal = self._reason_against(task)
         start = None

@@ -271,15 +271,16 @@ def test_a_finished_job_goes_on_when_its_file_asks_for_more_rounds() -> None:
     assert not of(effects, rounds.FinishJob)
 
 
-def test_task_ids_differ_between_journals_rounds_phases_and_devices() -> None:
+def test_task_ids_differ_between_journals_rounds_phases_openings_and_devices() -> None:
     ids = {
-        rounds.task_id(Settings(rounds=1, nonce=nonce), number, phase, device)
+        rounds.task_id(Settings(rounds=1, nonce=nonce), number, phase, opened, device)
+        for opened in (1_764_000_000_000, 1_764_000_000_001)
         for nonce in "ab"
         for number in (1, 2)
         for phase in (Phase.TRAIN, Phase.EVALUATE)
         for device in DEVICES
     }
-    assert len(ids) == 24
+    assert len(ids) == 48
 
 
 _EVENTS = st.one_of(
