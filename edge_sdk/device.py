@@ -24,7 +24,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
@@ -164,6 +164,9 @@ class EdgeDevice:
         self._shift: _Shift | None = None  # of the last start
         self._app_pause = threading.Event()  # two wishes, each taken back only by whoever made it
         self._gateway_pause = threading.Event()
+        if self._outbox.meta("paused"):  # the gateway's holds until the gateway ends it, over any restart
+            self._gateway_pause.set()
+            self._state = replace(self._state, paused=Paused.USER)
         self._progress = (0, 0)
         self._refused = 0
         self._closed = False
@@ -350,11 +353,11 @@ class EdgeDevice:
 
     def _converse(self) -> None:
         while True:
+            self._guarded(self._fire)  # also while events never cease
             timeout = max(0.0, self._timers[0][0] - _now()) if self._timers else None
             try:
                 event = self._events.get(timeout=timeout)
             except queue.Empty:
-                self._guarded(self._fire)
                 continue
             if event is None:
                 return
@@ -478,8 +481,10 @@ class EdgeDevice:
             case talk.SaveCounter(counter):
                 self._outbox.set_meta("counter", str(counter))
             case talk.SetPaused(paused):
+                self._undone.pop(repr(talk.SetPaused(not paused)), None)
                 (self._gateway_pause.set if paused else self._gateway_pause.clear)()
                 self._look()
+                self._outbox.set_meta("paused", "gateway" if paused else "")
             case talk.SetTimer(name, delay):
                 self._set_timer(name, delay)
             case talk.CancelTimer(name):
