@@ -745,10 +745,14 @@ def _storage(state: Intake, event: StorageChanged) -> Result:
     return state, effects
 
 
+def may_fetch(state: Intake, device: str, digest: str) -> bool:
+    """Whether a device gets this blob: a model of the open round, or what its own task starts from."""
+    task = state.tasks.get(device)
+    return digest in state.public or (task is not None and task.start == digest)
+
+
 def _fetch(state: Intake, event: FetchAsked) -> Result:
-    task = state.tasks.get(event.device)
-    allowed = event.digest in state.public or (task is not None and task.start == event.digest)
-    if not allowed or event.size is None:
+    if not may_fetch(state, event.device, event.digest) or event.size is None:
         return _ignore(state, "fetch_refused")
     chunks = -(-event.size // state.limits.chunk)
     wanted = [i for first, last in event.ranges for i in range(first, min(last, chunks - 1, first + 64) + 1)]

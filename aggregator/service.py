@@ -31,6 +31,7 @@ from typing import Any, Final
 
 from aggregator import fold, intake, rounds
 from aggregator.assign.uniform import Assignment, assign
+from aggregator.blob_server import BlobServer
 from aggregator.blobs import BlobStore, DiskFullError, storage_error, sync_folder, write_through
 from aggregator.broker import SESSION_EXPIRY, Broker, Security
 from aggregator.job import Job, check_against
@@ -172,6 +173,7 @@ class Service:
         self._deadline: int | None = None
         self._record: RoundRecord | None = None
         self._traffic: dict[str, list[int]] = {}
+        self._served: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()  # bytes over HTTPS, from its threads
         self._digests: OrderedDict[str, str] = OrderedDict()  # upload -> digest of its last offer
         self._blocked = False  # the disk is full: nothing can be committed
         self._held: dict[str, Message] = {}  # device -> its last status, for when the disk has room again
@@ -209,6 +211,16 @@ class Service:
             )
             stack.callback(self._link.close)
             self._resume()
+            if job.blobs.port and security is not None:
+                server = BlobServer(
+                    job.broker.address,
+                    job.blobs.port,
+                    security.folder,
+                    find=self._find_blob,
+                    served=lambda device, count: self._served.put((device, count)),
+                )
+                server.start()
+                stack.callback(server.stop)
             self._link.connect()
             self._loop()
             self._flush_traffic(self._rounds.round)
@@ -722,8 +734,17 @@ class Service:
         held[0] += up
         held[1] += down
 
+    def _find_blob(self, device: str, digest: str) -> Path | None:
+        """For the threads of the blob server, which read the state as it is at this moment."""
+        if self._registry.key(device) is None or not intake.may_fetch(self._intake, device, digest):
+            return None
+        return self._blobs.path(digest)
+
     def _flush_traffic(self, number: int) -> None:
         """Store the counts and start new ones; the old ones stay as they are, for a transaction that fails goes back to them."""
+        for _ in range(self._served.qsize()):
+            device, count = self._served.get()
+            self._count(device, down=count)
         for device, (up, down) in self._traffic.items():
             self._journal.add_traffic(number, device, up, down)
         self._traffic = {}
@@ -837,6 +858,7 @@ class Service:
                 update_bytes=limits.update_bytes, offers_per_minute=limits.offers_per_minute, norm=limits.norm
             ),
             key=base64.b64decode(self._key.verify_key.text).hex(),
+            blob_port=job.blobs.port,
         )
 
     # Heavy work, one piece at a time.

@@ -219,6 +219,7 @@ class JobManifest(Message):
     programs: tuple[str, ...] = _each(_text(64), 256)
     limits: Limits
     key: str = _value(_hex(64))
+    blob_port: int = _value(_whole(65_535), default=0)  # of the broker's host, for big blobs over HTTPS; 0: none
 
 
 @dataclass(frozen=True, kw_only=True)
