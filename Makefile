@@ -2,7 +2,7 @@
 #   make demo  ARGS="--json out.json"            the main job on real data
 #   make test  ARGS="-k outbox"                  all tests, the same as CI
 #   make check                                   ruff, mypy strict, import rules
-#   make soak  ARGS="-k chaos"                   the tests that run for minutes: kills for half an hour, and the like
+#   make soak  SOAK_MINUTES=5 ARGS="-k chaos"    the tests that run for minutes: kills for half an hour, or as long as asked
 #   make fuzz  FUZZ_SECONDS=600                  what strangers send, thrown at every parser, guided by coverage
 #   make bench NAME=watch ARGS="--json out.json" one benchmark; without NAME: all of them
 
@@ -12,6 +12,7 @@ TORCH ?= torch==2.13.0
 OLDEST_ONNXRUNTIME ?= onnxruntime==1.23.2
 ARGS ?=
 FUZZ_SECONDS ?= 60
+SOAK_MINUTES ?= 30
 PARSERS = wire topic tensors update bundle job registry config
 BENCHMARKS = watch footprint step merge lora_study robust_study encodings chaos
 
@@ -29,7 +30,7 @@ test: .venv/ready .venv-device/ready .venv-oldest/ready
 
 soak: .venv/ready
 	@scripts/install_mosquitto.sh
-	.venv/bin/python -m pytest -m soak $(ARGS)
+	EDGEWISE_SOAK_MINUTES=$(SOAK_MINUTES) .venv/bin/python -m pytest -m soak $(ARGS)
 
 # atheris is in no other extra: it has wheels for few platforms.
 fuzz: .venv/ready

@@ -19,6 +19,7 @@ Transitions of one upload (in this order; the first row that fits)
 ------------------------------------------------------------------
 | state     | event                                      | effects                                       |
 |-----------|--------------------------------------------|-----------------------------------------------|
+| any       | OfferedUnreadably                          | Refuse, Ack rejected unsupported_version, Alarm |
 | any       | Offered, signature wrong                   | Refuse, Ack rejected bad_signature, Alarm     |
 | any       | Offered, in the ledger with this digest    | Ack accepted                                  |
 | any       | Offered, in the ledger with another digest | Refuse, Ack rejected seq_conflict, Alarm      |
@@ -217,6 +218,15 @@ class Offered(Event):
     recorded: str | None = None  # digest accepted under this seq
     floor: int = 0
     answered: bool = False
+
+
+@dataclass(frozen=True)
+class OfferedUnreadably(Event):
+    """A signed offer of another major version: no more of it can be read than which upload it offers."""
+
+    device: str
+    upload: str
+    detail: str
 
 
 @dataclass(frozen=True)
@@ -483,10 +493,9 @@ def _offered(state: Intake, event: Offered) -> Result:
     is_open = task is not None and task.task == offer.task
     if not (event.signature_ok and is_open and not event.answered and (device, offer.upload) not in state.uploads):
         # Anything but the first offer for an open task is rationed.
-        recent = (*(at for at in state.offers.get(device, ()) if at > event.now - MINUTE), event.now)
-        state = replace(state, offers=_with(state.offers, device, recent[-limits.offers_per_minute - 1 :]))
-        if len(recent) > limits.offers_per_minute:
-            return state, (_wait(offer.upload, device, recent[-limits.offers_per_minute] + MINUTE - event.now),)
+        state, told_to_wait = _ration(state, device, offer.upload, event.now)
+        if told_to_wait:
+            return state, told_to_wait
     if not event.signature_ok:
         detail = "the offer is not signed by this device's key"
         return _reject(state, event, "bad_signature", detail, alarm=True)
@@ -517,6 +526,24 @@ def _offered(state: Intake, event: Offered) -> Result:
     state, effects = _check_outbox(state, device, offer.outbox_id)
     state, more = _admit(state, event, task)
     return state, (*effects, *more)
+
+
+def _ration(state: Intake, device: str, upload: str, now: int) -> Result:
+    """Count an offer; what it is answered with if there were too many of this device within a minute."""
+    most = state.limits.offers_per_minute
+    recent = (*(at for at in state.offers.get(device, ()) if at > now - MINUTE), now)
+    state = replace(state, offers=_with(state.offers, device, recent[-most - 1 :]))
+    return state, () if len(recent) <= most else (_wait(upload, device, recent[-most] + MINUTE - now),)
+
+
+def _offered_unreadably(state: Intake, event: OfferedUnreadably) -> Result:
+    key = (event.device, event.upload)
+    state, told_to_wait = _ration(state, *key, event.now)
+    if told_to_wait:
+        return state, told_to_wait
+    reason = "unsupported_version"
+    ack = SendAck(*key, "rejected", reason=reason, detail=event.detail[:64])
+    return state, (Refuse(*key, reason, event.detail), Alarm(reason, event.device, event.detail), ack)
 
 
 def _reject(state: Intake, event: Offered, reason: str, detail: str, *, alarm: bool = False) -> Result:
@@ -842,6 +869,7 @@ HANDLERS: Mapping[type[Event], Callable[[Intake, Any], Result]] = MappingProxyTy
     {
         Restarted: _restarted,
         Offered: _offered,
+        OfferedUnreadably: _offered_unreadably,
         ChunkArrived: _chunk,
         FetchAsked: _fetch,
         StatusSeen: _status,

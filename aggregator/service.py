@@ -406,15 +406,37 @@ class Service:
                 if self._record is not None and self._record is not saved.record:
                     self._journal.save_round(self._record)
         except DiskFullError as error:
-            self._rounds, self._intake = saved.rounds, saved.intake
-            self._record, self._deadline = saved.record, saved.deadline
-            self._traffic = saved.traffic
+            self._go_back(saved)
             self._block(error)
             self._without_disk(items)
             return False
+        except EdgewiseError:
+            raise
+        except Exception:
+            self._go_back(saved)
+            if len(items) > 1:  # find out which it was
+                done = [self._process([item]) for item in items]
+                return all(done)
+            if not isinstance(items[0], Message):
+                raise  # ours
+            log.exception("a message to %s could not be handled", items[0].topic)
+            return self._spoilt(items[0])
         for effect in out:
             self._carry_out(effect)
         return True
+
+    def _go_back(self, saved: _Saved) -> None:
+        self._rounds, self._intake = saved.rounds, saved.intake
+        self._record, self._deadline = saved.record, saved.deadline
+        self._traffic = saved.traffic
+
+    def _spoilt(self, message: Message) -> bool:
+        """A message that no check refuses and that cannot be handled all the same: it costs its sender, not the job."""
+        parsed = self._address.parse(message.topic)
+        device = "" if parsed is None or parsed.device is None else parsed.device
+        return self._process(
+            [_Alarmed("unhandled_message", device, f"{len(message.payload)} bytes to {message.topic}")]
+        )
 
     def _dispatch(self, item: _Input, out: list[_Outward]) -> None:
         if isinstance(item, Message):
@@ -459,11 +481,17 @@ class Service:
             log.warning("a message of %s was refused: %s", device, error)
         return None
 
-    def _understand_offer(self, device: str, payload: bytes, key: VerifyKey, now: int) -> intake.Offered:
+    def _understand_offer(
+        self, device: str, payload: bytes, key: VerifyKey, now: int
+    ) -> intake.Offered | intake.OfferedUnreadably:
         signed = True
         try:
             offer = wire.decode(wire.Offer, payload, address=self._address, device=device, key=key)
         except wire.WireError as error:
+            upload = wire.upload_of(payload) if error.reason == "unsupported_version" else None
+            if upload is not None:
+                told = f"version {error.found} of the protocol, this gateway speaks {wire.VERSION}"
+                return intake.OfferedUnreadably(now, device, upload, told)
             if error.reason != "bad_signature":
                 raise
             signed = False

@@ -618,6 +618,17 @@ def decode(kind: type[M], data: bytes, *, address: Address, device: str = "*", k
     return message
 
 
+def upload_of(data: bytes) -> str | None:
+    """Which upload an offer names that is of another major version and cannot be read; None if it names none."""
+    if len(data) > Offer.LIMIT + 1 + _SIGNATURE_TEXT:
+        return None
+    try:
+        name = _parse_json(data.partition(b"\n")[0]).get("upload")
+    except WireError:
+        return None
+    return name if isinstance(name, str) and _UPLOAD.fullmatch(name) else None
+
+
 def _is_signed(message: Message) -> bool:
     return message.final if isinstance(message, Ack) else message.SIGNED
 
