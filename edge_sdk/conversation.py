@@ -552,7 +552,7 @@ def _link_down(state: Conversation, event: LinkDown) -> Result:
         start=_unasked(state.start),
         model=_unasked(state.model),
     )
-    longest = 5.0 if was_up and attempts == 0 else min(60.0, 2.0**attempts)
+    longest = 5.0 if was_up and attempts == 0 else min(60.0, 2.0 ** min(attempts, 6))
     state, delay = _draw(state, 0.0, longest)
     effects: Effects = (CancelTimer("verdict"), CancelTimer("fetch"), CancelTimer("held"))
     effects += (SetTimer("connect", delay), Notify("offline", event.reason))
