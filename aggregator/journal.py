@@ -511,6 +511,22 @@ class Journal:
             if not keep_bodies:
                 self.drop_parts(row.device, row.upload)
 
+    def unmerged_of(self, device: str) -> list[LedgerRow]:
+        """Everything accepted of a device, of any phase, that is neither merged nor set aside."""
+        rows = self._db.execute(
+            "SELECT device, outbox_id, seq, upload, task, round, phase, start, num_examples, metrics, norm "
+            "FROM ledger WHERE device=? AND merged_in IS NULL AND set_aside IS NULL ORDER BY seq, outbox_id",
+            (device,),
+        )
+        return [LedgerRow(*(*row[:9], json.loads(row[9]), row[10])) for row in rows]
+
+    def has_merged(self, device: str, number: int) -> bool:
+        """Whether a training update of a device was merged in a round."""
+        found = self._db.execute(
+            "SELECT 1 FROM ledger WHERE device=? AND merged_in=? AND phase='train'", (device, number)
+        )
+        return found.fetchone() is not None
+
     def row_of_task(self, device: str, task: str) -> LedgerRow | None:
         """The accepted update of a device for a task."""
         row = self._db.execute(

@@ -57,6 +57,7 @@ Transitions (`TRANSITIONS` is the same table as code; open phase = measure, trai
 | any        | UpdateAccepted | of a carried task: counted in the next train         | same                  |
 | any        | UpdateAccepted | its phase is closed: LeaveOut                        | same                  |
 | any        | DeviceSeen     | remembered for the next phase; DeviceLost likewise   | same                  |
+| any        | Discarded      | Discard; its merged update: FinishRound rolled back  | same, wait            |
 | any        | Restarted      | SetDeadline, Merge or Judge once more                | same                  |
 
 (*) round 0 has no `train`: it evaluates the initial model, so that round 1 has something to be compared with.
@@ -217,6 +218,14 @@ class Declined(Event):
 
 
 @dataclass(frozen=True)
+class Discarded(Event):
+    """What a revoked device gave to the open round shall not count. `merged`: the candidate was made with it."""
+
+    device: str
+    merged: bool
+
+
+@dataclass(frozen=True)
 class DeadlinePassed(Event):
     """The timer of the last `SetDeadline` fired."""
 
@@ -335,6 +344,13 @@ class LeaveOut(Effect):
 
 
 @dataclass(frozen=True)
+class Discard(Effect):
+    """Set aside what was accepted of this device and is not merged."""
+
+    device: str
+
+
+@dataclass(frozen=True)
 class FinishRound(Effect):
     """The round is over; `model` is what the next one starts from."""
 
@@ -392,6 +408,8 @@ def step(state: Rounds, event: Event) -> Result:
             return state, ()
         rest = {device: held for device, held in state.carried.items() if device != event.device}
         return replace(state, carried=MappingProxyType(rest)), ()
+    elif isinstance(event, Discarded):
+        return _discarded(state, event)
     elif isinstance(event, Restarted):
         return _resume(state, event)
     handler = TRANSITIONS.get((state.phase, type(event)))
@@ -554,6 +572,25 @@ def _declined(state: Rounds, event: Event) -> Result:
     if state.tasks[event.device].answer is not Answer.ISSUED:
         return state, ()
     return _close_if_enough(_with_answer(state, event.device, Answer.DECLINED, event.reason), event.now)
+
+
+def _discarded(state: Rounds, event: Discarded) -> Result:
+    effects: Effects = (Discard(event.device),)
+    carried = {device: held for device, held in state.carried.items() if device != event.device}
+    state = replace(state, carried=MappingProxyType(carried))
+    if event.merged and state.phase in (Phase.EVALUATE, Phase.JUDGE) and state.round > 0:
+        if state.phase is Phase.EVALUATE:
+            effects += (ClosePhase(state.round, state.phase, frozenset(_busy(state))),)
+            effects += (
+                WithdrawTasks(tuple(sorted(state.tasks))),
+                SetAside(state.round, state.phase, "round_discarded"),
+            )
+        reason = f"the candidate was made with an update of {event.device}, which was revoked"
+        return _finish(state, event.now, Outcome.ROLLED_BACK, reason, effects)
+    if state.phase in OPEN and event.device in state.tasks:
+        state, closed = _close_if_enough(_with_answer(state, event.device, Answer.DECLINED, "revoked"), event.now)
+        return state, (*effects, *closed)
+    return state, effects
 
 
 def _with_answer(state: Rounds, device: str, answer: Answer, reason: str) -> Rounds:

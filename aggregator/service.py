@@ -13,6 +13,7 @@ storage, as a damaged model, does not mend itself: it ends `run`.
 from __future__ import annotations
 
 import base64
+import datetime as dt
 import json
 import logging
 import queue
@@ -36,6 +37,7 @@ from aggregator.blobs import BlobStore, DiskFullError, storage_error, sync_folde
 from aggregator.broker import SESSION_EXPIRY, Broker, Security
 from aggregator.job import Job, check_against
 from aggregator.journal import Identity, Journal, RoundRecord, Status
+from devices.authority import SERVER, AuthorityError, Issued
 from devices.registry import Registry, RegistryError
 from devices.roles import initial_config
 from edge_sdk import faults, wire
@@ -53,6 +55,7 @@ PROGRESS_SECONDS: Final = 0.5
 LINGER_SECONDS: Final = 2.0  # of silence at the end, so that every device hears its last verdict
 LINGER_LIMIT: Final = 15.0
 PROBE_SECONDS: Final = 1.0  # between looks at the disk
+CERTIFICATE_SECONDS: Final = 21_600.0  # between looks at the gateway's certificates
 ACK_EXPIRY, COMMAND_EXPIRY, BLOB_EXPIRY = 300, 60, 60  # seconds (transport.md, section 3)
 MODEL_FILE: Final = "model.safetensors"
 SUMMARY_FILE: Final = "summary.json"
@@ -182,7 +185,7 @@ class Service:
         self._reconnect_at: float | None = None
         self._subscribed = False
         self._told_down = False  # that there is no connection; said once until there is one
-        self._heard = self._ticked = self._shown = 0.0
+        self._heard = self._ticked = self._shown = self._certificates_at = 0.0
 
     def stop(self) -> None:
         """Ask `run` to end after what it is doing; may be called from any thread or a signal handler."""
@@ -310,6 +313,7 @@ class Service:
         self._process([*events, rounds.Restarted(now)])
         present = {device for device, presence in self._intake.presence.items() if presence.online}
         self._shut_out(sorted(present - set(self._registry.active)))
+        self._discard(_discarding(self._registry))
 
     def _loop(self) -> None:
         while not self._stopping.is_set() and not self._is_over():
@@ -603,6 +607,8 @@ class Service:
                 row = journal.row_of_task(device, task)
                 if row is not None:
                     journal.set_aside([row], reason, keep_bodies=keep)
+            case rounds.Discard(device):
+                journal.set_aside(journal.unmerged_of(device), "revoked", keep_bodies=keep)
             case rounds.FinishRound():
                 self._finish_round(effect)
                 out.append(effect)
@@ -960,6 +966,9 @@ class Service:
         if self._reconnect_at is not None and now >= self._reconnect_at:
             self._reconnect_at = None
             self._link.connect()
+        if now >= self._certificates_at:
+            self._certificates_at = now + CERTIFICATE_SECONDS
+            self._watch_certificates()
         if now - self._ticked >= PROBE_SECONDS:
             self._ticked = now
             self._watch_disk()
@@ -976,7 +985,7 @@ class Service:
         if stamp == self._registry_seen or self._blocked:
             return
         self._registry_seen = stamp
-        former = set(self._registry.active)
+        former, discarding = set(self._registry.active), _discarding(self._registry)
         try:
             self._registry = Registry.load(path)
         except RegistryError as error:
@@ -985,12 +994,36 @@ class Service:
             return
         self._strangers.clear()
         self._shut_out(sorted(former & {name for name in self._registry.ids if self._registry.entries[name].revoked}))
+        self._discard(_discarding(self._registry) - discarding)
 
     def _shut_out(self, devices: Sequence[str]) -> None:
         """Forget what revoked devices have not finished, and clear what the broker retains of theirs."""
         for device in devices:
             log.warning("device %s is revoked: it is heard no more", device)
         self._process([intake.Revoked(self._clock.now(), device) for device in devices])
+
+    def _discard(self, devices: Iterable[str]) -> None:
+        """Take out of the open round what revoked devices gave to it."""
+        for device in sorted(devices):
+            merged = self._journal.has_merged(device, self._rounds.round)
+            self._process([rounds.Discarded(self._clock.now(), device, merged)])
+
+    def _watch_certificates(self) -> None:
+        """Raise an alarm while there is time to renew what the gateway shows to others."""
+        folder = self._job.security.folder
+        if folder is None:
+            return
+        now = dt.datetime.now(dt.UTC)
+        for name in (SERVER, wire.AGGREGATOR):
+            try:
+                held = Issued.read(name, folder / f"{name}.pem")
+            except AuthorityError as error:
+                log.error("%s", error)
+                continue
+            if held.due <= now:
+                told = f"{name}.pem ends at {held.ends.isoformat(timespec='minutes')}: `edgewise devices renew {name}`"
+                log.warning(told)
+                self._process([_Alarmed(f"certificate_{name}", "", told)])
 
     def _watch_disk(self) -> None:
         """Notice a disk that runs full before it is, and one that has room again."""
@@ -1053,6 +1086,10 @@ def _write(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
     except OSError as error:
         raise storage_error(f"{path}: cannot be written ({error.strerror})", error) from error
+
+
+def _discarding(registry: Registry) -> set[str]:
+    return {name for name, entry in registry.entries.items() if entry.revoked and entry.discard_round}
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -284,7 +284,7 @@ def test_task_ids_differ_between_journals_rounds_phases_openings_and_devices() -
 
 
 _EVENTS = st.one_of(
-    st.tuples(st.sampled_from(["seen", "lost", "answer", "decline"]), st.sampled_from(DEVICES)),
+    st.tuples(st.sampled_from(["seen", "lost", "answer", "decline", "discard"]), st.sampled_from(DEVICES)),
     st.tuples(st.sampled_from(["deadline", "merged", "merge_failed", "yes", "no", "restart"]), st.just("")),
 )
 
@@ -295,6 +295,7 @@ def _event(state: Rounds, kind: str, device: str, now: int) -> rounds.Event:
         "seen": lambda: rounds.DeviceSeen(now, device),
         "lost": lambda: rounds.DeviceLost(now, device),
         "answer": lambda: rounds.UpdateAccepted(now, device, task),
+        "discard": lambda: rounds.Discarded(now, device, merged=now % 2 == 0),
         "decline": lambda: rounds.Declined(now, device, task, "busy"),
         "deadline": lambda: rounds.DeadlinePassed(now),
         "merged": lambda: rounds.Merged(now, f"{now:064x}"),
