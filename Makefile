@@ -18,7 +18,7 @@ BENCHMARKS = watch footprint step merge lora_study robust_study encodings chaos
 
 sources := $(shell find edge_sdk aggregator export devices -name '*.py')
 
-.PHONY: demo test soak fuzz check bench format clean
+.PHONY: demo test soak fuzz check bench docs format clean
 
 demo: .venv/ready .venv-device/ready
 	@scripts/install_mosquitto.sh
@@ -51,6 +51,11 @@ bench: .venv/ready .venv-device/ready
 	@set -e; for name in $(if $(NAME),$(subst -,_,$(NAME)),$(BENCHMARKS)); do \
 		TORCH="$(TORCH)" .venv/bin/python -m benchmarks.$$name $(ARGS); \
 	done
+
+# What is made from the code: the reference of the job file, the diagrams of the state machines.
+docs: .venv/ready
+	.venv/bin/python -c "from aggregator.job import render_reference; print(render_reference(), end='')" > docs/job-file.md
+	.venv/bin/python scripts/state_machines.py
 
 format: .venv/ready
 	.venv/bin/ruff check --fix .

@@ -17,31 +17,32 @@ Rules (transport.md, sections 1, 5, 8.2, 10)
 
 Transitions of one upload (in this order; the first row that fits)
 ------------------------------------------------------------------
-| state     | event                                      | effects                                       |
-|-----------|--------------------------------------------|-----------------------------------------------|
-| any       | OfferedUnreadably                          | Refuse, Ack rejected unsupported_version, Alarm |
-| any       | Offered, signature wrong                   | Refuse, Ack rejected bad_signature, Alarm     |
-| any       | Offered, in the ledger with this digest    | Ack accepted                                  |
-| any       | Offered, in the ledger with another digest | Refuse, Ack rejected seq_conflict, Alarm      |
-| any       | Offered, seq at or below the replay floor  | Refuse, Ack rejected round_closed             |
-| any       | Offered, no task of ours for this device   | Refuse, Ack rejected foreign_task             |
-| any       | Offered, task answered                     | Refuse, Ack rejected already_answered         |
-| any       | Offered, phase closed                      | Refuse, Ack rejected round_closed             |
-| any       | Offered, other base                        | Refuse, Ack rejected wrong_base               |
-| any       | Offered, larger than its program may send  | Refuse, Ack rejected too_large                |
-| any       | Offered, chunks do not fit the size        | Refuse, Ack rejected bad_geometry             |
-| any       | Offered, disk or budget full, or too often | Ack wait                                      |
-| UNKNOWN   | Offered                                    | StoreOffer, Ack need(first 32)                |
-| OPEN      | Offered                                    | Ack need(missing)                             |
-| OPEN      | ChunkArrived, as asked                     | StoreChunk; half in: need; all in: Verify     |
-| OPEN      | ChunkArrived, wrong index or length        | counted; the 16th: DropOffer, Refuse, Alarm*  |
-| OPEN      | Ticked: silence                            | Ack need(missing), three times                |
-| OPEN      | Ticked: no chunk for T_reap; PhaseClosed   | DropOffer                                     |
-| VERIFYING | Verified                                   | Accept, Tell UpdateAccepted, Ack accepted     |
-| VERIFYING | VerifyFailed, again, for the first time    | DropParts, Ack need(all)                      |
-| VERIFYING | VerifyFailed                               | DropOffer, Refuse*, Ack rejected bad_content  |
-| VERIFYING | PhaseClosed                                | none: it is finished, and counted by `rounds` |
-| any       | Revoked                                    | DropOffer of each, ClearRetained              |
+| state           | event                                      | effects                                         | next            |
+|-----------------|--------------------------------------------|-------------------------------------------------|-----------------|
+| any             | OfferedUnreadably                          | Refuse, Ack rejected unsupported_version, Alarm | same            |
+| any             | Offered, signature wrong                   | Refuse, Ack rejected bad_signature, Alarm       | same            |
+| any             | Offered, in the ledger with this digest    | Ack accepted                                    | same            |
+| any             | Offered, in the ledger with another digest | Refuse, Ack rejected seq_conflict, Alarm        | same            |
+| any             | Offered, seq at or below the replay floor  | Refuse, Ack rejected round_closed               | same            |
+| any             | Offered, no task of ours for this device   | Refuse, Ack rejected foreign_task               | same            |
+| any             | Offered, task answered                     | Refuse, Ack rejected already_answered           | same            |
+| any             | Offered, phase closed                      | Refuse, Ack rejected round_closed               | same            |
+| any             | Offered, other base                        | Refuse, Ack rejected wrong_base                 | same            |
+| any             | Offered, larger than its program may send  | Refuse, Ack rejected too_large                  | same            |
+| any             | Offered, chunks do not fit the size        | Refuse, Ack rejected bad_geometry               | same            |
+| any             | Offered, disk or budget full, or too often | Ack wait                                        | same            |
+| UNKNOWN         | Restarted, with its offer in the journal   | Verify if it is complete                        | OPEN, VERIFYING |
+| UNKNOWN         | Offered                                    | StoreOffer, Ack need(first 32)                  | OPEN            |
+| OPEN            | Offered                                    | Ack need(missing)                               | same            |
+| OPEN            | ChunkArrived, as asked                     | StoreChunk; half in: need; all in: Verify       | OPEN, VERIFYING |
+| OPEN            | ChunkArrived, wrong index or length        | counted; the 16th: DropOffer, Refuse, Alarm*    | OPEN, REJECTED  |
+| OPEN            | Ticked: silence                            | Ack need(missing), three times                  | same            |
+| OPEN            | Ticked: no chunk for T_reap; PhaseClosed   | DropOffer                                       | UNKNOWN         |
+| VERIFYING       | Verified                                   | Accept, Tell UpdateAccepted, Ack accepted       | ACCEPTED        |
+| VERIFYING       | VerifyFailed, again, for the first time    | DropParts, Ack need(all)                        | OPEN            |
+| VERIFYING       | VerifyFailed                               | DropOffer, Refuse*, Ack rejected bad_content    | REJECTED        |
+| VERIFYING       | PhaseClosed                                | none: it is finished, and counted by `rounds`   | same            |
+| OPEN, VERIFYING | Revoked                                    | DropOffer of each, ClearRetained                | UNKNOWN         |
 
 (*) and Tell Declined: a device forgets what was rejected, so nobody needs to wait for its answer any longer. The same holds
 for every signed offer that is refused while its task is open, unless another upload for the task is under way.

@@ -17,29 +17,29 @@ Rules (transport.md, sections 1, 5, 8.1, 9)
 Three regions. Link: OFFLINE, CONNECTING, ONLINE, STOPPING. Upload, one at a time: IDLE, OFFERED, SENDING, WAITING (HELD
 entries stand aside until a time). Work: NONE, FETCHING, READY, TRAINING.
 
-| state                     | event                      | effects                                            | next             |
-|---------------------------|----------------------------|----------------------------------------------------|------------------|
-| OFFLINE                   | Started, timer `connect`   | Connect                                            | CONNECTING       |
-| CONNECTING                | LinkUp                     | Subscribe, PublishStatus, go on fetching, offer    | ONLINE           |
-| FETCHING, any             | HttpEnded, chunks missing  | FetchHttp once more, then PublishFetch             | same             |
-| any                       | LinkDown                   | CancelTimer, SetTimer `connect` (full jitter)      | OFFLINE, IDLE    |
-| IDLE                      | OutboxChanged, online      | PublishOffer, SetTimer `verdict`                   | OFFERED          |
-| OFFERED, SENDING, WAITING | Ack need                   | SendChunk for a window, SetTimer `verdict`         | SENDING          |
-| SENDING                   | ChunkSent                  | SendChunk next of the list                         | SENDING, WAITING |
-| any                       | Ack accepted               | DeleteEntry, PublishOffer of the next              | IDLE, OFFERED    |
-| any                       | Ack rejected               | DeleteEntry, or Quarantine, or held                | IDLE, OFFERED    |
-| any                       | Ack wait                   | held for retry_after x U(1, 1.5)                   | IDLE, OFFERED    |
-| any upload                | timer `verdict`            | PublishOffer again, later each time                | OFFERED          |
-| NONE                      | TaskOffered, good          | fetch what is missing                              | FETCHING, READY  |
-| any                       | TaskOffered, refused       | PublishStatus with `declined`                      | same             |
-| any                       | TaskRepeated, or TaskOffered of an earlier round | PublishStatus with `declined` | same            |
-| FETCHING                  | BlobReady                  |                                                    | READY            |
-| READY                     | synced, gate open          | StartTask, SetTimer `deadline`                     | TRAINING         |
-| TRAINING                  | TaskDone                   | OutboxChanged follows                              | NONE             |
-| TRAINING                  | TaskFailed                 | PublishStatus with `declined`                      | NONE             |
-| TRAINING                  | TaskPostponed              | (the gate says why and when again)                 | READY            |
-| READY, TRAINING           | newer task, cleared, timer `deadline`, `drop_task` | CancelTask                 | NONE             |
-| any                       | Stop                       | PublishStatus stopping, Disconnect, CancelTask     | STOPPING         |
+| state                     | event                                              | effects                                         | next             |
+|---------------------------|----------------------------------------------------|-------------------------------------------------|------------------|
+| OFFLINE                   | Started, timer `connect`                           | Connect                                         | CONNECTING       |
+| CONNECTING, IDLE          | LinkUp                                             | Subscribe, PublishStatus, go on fetching, offer | ONLINE, OFFERED  |
+| any                       | HttpEnded, chunks missing                          | FetchHttp once more, then PublishFetch          | same             |
+| any                       | LinkDown                                           | CancelTimer, SetTimer `connect` (full jitter)   | OFFLINE, IDLE    |
+| IDLE                      | OutboxChanged, flush                               | PublishOffer, SetTimer `verdict`                | OFFERED          |
+| OFFERED, SENDING, WAITING | Ack need                                           | SendChunk for a window, SetTimer `verdict`      | SENDING          |
+| SENDING                   | ChunkSent                                          | SendChunk next of the list                      | SENDING, WAITING |
+| any                       | Ack accepted                                       | DeleteEntry, PublishOffer of the next           | IDLE, OFFERED    |
+| any                       | Ack rejected                                       | DeleteEntry, or Quarantine, or held             | IDLE, OFFERED    |
+| any                       | Ack wait                                           | held for retry_after x U(1, 1.5)                | IDLE, OFFERED    |
+| any upload                | timer `verdict`, `held`                            | PublishOffer again, later each time             | OFFERED          |
+| NONE                      | TaskOffered, good                                  | fetch what is missing                           | FETCHING, READY  |
+| any                       | TaskOffered, refused                               | PublishStatus with `declined`                   | same             |
+| any                       | TaskRepeated, or TaskOffered of an earlier round   | PublishStatus with `declined`                   | same             |
+| FETCHING                  | BlobReady                                          |                                                 | READY            |
+| READY                     | Gate open, sync, last blob                         | StartTask, SetTimer `deadline`                  | TRAINING         |
+| TRAINING                  | TaskDone                                           | OutboxChanged follows                           | NONE             |
+| TRAINING                  | TaskFailed                                         | PublishStatus with `declined`                   | NONE             |
+| TRAINING                  | TaskPostponed                                      | (the gate says why and when again)              | READY            |
+| FETCHING, READY, TRAINING | newer task, cleared, timer `deadline`, `drop_task` | CancelTask                                      | NONE             |
+| any                       | Stop                                               | PublishStatus stopping, Disconnect, CancelTask  | STOPPING         |
 """
 
 from __future__ import annotations
