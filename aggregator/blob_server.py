@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 CONNECTIONS: Final = 64
 CONNECTIONS_PER_DEVICE: Final = 2  # the task's start, and the model to serve with
 _IDLE_SECONDS: Final = 30.0
+_PATIENCE_SECONDS: Final = 1.0  # the end of a connection that broke off may be noticed a little later
 _PIECE: Final = 65_536
 _FILES: Final = ("ca.pem", "crl.pem", "server.pem", "server.key")
 _PATH: Final = re.compile(rf"/v1/blobs/({DIGEST})")
@@ -52,7 +53,7 @@ class BlobServer:
         self.find, self.served = find, served
         self._server: _Server | None = None
         self._context: tuple[tuple[tuple[int, int], ...], ssl.SSLContext] | None = None
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._open: Counter[str] = Counter()
 
     @property
@@ -99,18 +100,23 @@ class BlobServer:
         return self._context[1]
 
     def enter(self, device: str) -> bool:
-        """Count a connection; False where there are too many."""
-        with self._lock:
-            if self._open.total() >= CONNECTIONS or self._open[device] >= CONNECTIONS_PER_DEVICE:
+        """Count a connection; False where there are too many, and none of them ends at once."""
+
+        def has_room() -> bool:
+            return self._open.total() < CONNECTIONS and self._open[device] < CONNECTIONS_PER_DEVICE
+
+        with self._changed:
+            if not self._changed.wait_for(has_room, _PATIENCE_SECONDS):
                 return False
             self._open[device] += 1
             return True
 
     def leave(self, device: str) -> None:
         """It has ended."""
-        with self._lock:
+        with self._changed:
             self._open[device] -= 1
-            self._open += Counter()
+            self._open += Counter()  # forgets those at 0
+            self._changed.notify_all()
 
 
 class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
