@@ -2,9 +2,11 @@
 #   make demo  ARGS="--json out.json"            the main job on real data
 #   make test  ARGS="-k outbox"                  all tests, the same as CI
 #   make check                                   ruff, mypy strict, import rules
-.PHONY: demo test test-arm soak fuzz check bench docs format clean
+#   make test-arm                                int8 on aarch64, by emulation
+#   make soak  SOAK_MINUTES=5 ARGS="-k chaos"    the tests that run for minutes: kills for half an hour, and the like
 #   make fuzz  FUZZ_SECONDS=600                  what strangers send, thrown at every parser, guided by coverage
 #   make bench NAME=watch ARGS="--json out.json" one benchmark; without NAME: all of them
+#   make docs                                    the pages that are made from the code
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	if $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$p; break; fi; done)
