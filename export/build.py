@@ -161,7 +161,7 @@ def build_bundle(
 ) -> Report:
     """Write a bundle to `path`.
 
-    `model`: a torch module, or the path of an ONNX file. `example`: x float32 `[n, *shape]`, y int64 `[n]` (cross_entropy)
+    `model`: a torch module, or the path of an ONNX file. `example`: x float32 or int64 (tokens) `[n, *shape]`, y int64 `[n]` (cross_entropy)
     or float32 in the shape of the output (mse), n of 2 or more. `held_out`: the share of every recording that never
     trains. `classes` names the labels. `deploy`: also quantize the network as it is, to serve it in integers. Raises `ExportError`; nothing is written then.
     """
@@ -224,9 +224,9 @@ def build_bundle(
 
 def _checked_example(example: tuple[Array, Array], loss: Loss) -> tuple[Array, Array]:
     x, y = (np.asarray(part) for part in example)
-    if x.dtype != np.float32 or x.ndim < 2 or len(x) < 2 or not np.isfinite(x).all():
+    if x.dtype not in (np.float32, np.int64) or x.ndim < 2 or len(x) < 2 or not np.isfinite(x).all():
         raise SpecError(
-            f"the example's x is {x.dtype} {list(x.shape)}, expected finite float32 [n, ...] with n of 2 or more"
+            f"the example's x is {x.dtype} {list(x.shape)}, expected finite float32, or int64, [n, ...] with n of 2 or more"
         )
     if len(y) != len(x):
         raise SpecError(f"the example has {len(x)} samples and {len(y)} targets")
@@ -360,7 +360,7 @@ def _assemble(
         "base": _base_digest(built),
         "table": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest(),
         "held_out": asdict(held_out),
-        "fields": [{"name": INPUT, "dtype": "float32", "shape": list(x.shape[1:])}, target],
+        "fields": [{"name": INPUT, "dtype": x.dtype.name, "shape": list(x.shape[1:])}, target],
         "classes": classes,
         "tensors": rows,
         "programs": [

@@ -49,7 +49,7 @@ def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
 def forward_graph(module: nn.Module, example: Array) -> ir.Model:
     """The module in evaluation mode as an ONNX graph: `d.x` in, one output, tensors as initializers of their names.
 
-    `example` is a batch `[n, *shape]` float32 with n of 2 or more. Raises `UnsupportedModel`.
+    `example` is a batch `[n, *shape]`, float32 or int64, with n of 2 or more. Raises `UnsupportedModel`.
     """
     was_training = module.training
     module.eval()
