@@ -241,7 +241,9 @@ def test_thousand_devices_return_at_once(tmp_path: Path, count: int) -> None:
 
 def accepted(folder: Path) -> int:
     path = folder / "state" / "journal.sqlite"
-    if not path.exists():
-        return 0
-    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=10)) as db:
+    with (
+        suppress(sqlite3.OperationalError),
+        closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=10)) as db,
+    ):
         return int(db.execute("SELECT count(*) FROM ledger").fetchone()[0])
+    return 0  # the gateway is just making it
