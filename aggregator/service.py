@@ -184,9 +184,6 @@ class Service:
         self._finished = False
         self._reconnect_at: float | None = None
         self._subscribed = False
-        self._proven = (
-            False  # by a message: a link may be cut after CONNECT and before SUBSCRIBE, and leave a deaf session
-        )
         self._told_down = False  # that there is no connection; said once until there is one
         self._heard = self._ticked = self._shown = self._certificates_at = 0.0
 
@@ -380,9 +377,9 @@ class Service:
             log.log(logging.WARNING if self._told_down else logging.INFO, "connected to the broker")
             self._told_down = False
             again = self._subscribed
-            if not event.session_present or not self._proven:
-                self._attempt(lambda: self._link.subscribe(self._address.aggregator_subscriptions()))
-                self._subscribed, self._proven = True, False
+            # Whatever the broker says of a session: it may be one of an attempt whose answer was lost.
+            self._attempt(lambda: self._link.subscribe(self._address.aggregator_subscriptions()))
+            self._subscribed = True
             self._outbox.clear()
             for topic, payload, expires in self._journal.published():
                 self._queue_retained(topic, payload, expires)
@@ -447,7 +444,7 @@ class Service:
 
     def _dispatch(self, item: _Input, out: list[_Outward]) -> None:
         if isinstance(item, Message):
-            self._heard, self._proven = time.monotonic(), True
+            self._heard = time.monotonic()
             event = self._understand(item)
             if event is not None:
                 self._intake_step(event, out, item.payload)

@@ -144,9 +144,6 @@ class Conversation:
     link: LinkState = LinkState.OFFLINE
     connection: int = 0
     up_since: float = 0.0
-    subscribed: bool = (
-        False  # something came: a link may be cut after CONNECT and before SUBSCRIBE, and leave a deaf session
-    )
     attempts: int = 0
     brief: int = 0  # connections in a row that did not last
     draws: int = 0
@@ -500,8 +497,6 @@ def step(state: Conversation, event: Event) -> Result:
     """Advance by one event."""
     if state.link is LinkState.STOPPING:
         return state, ()
-    if isinstance(event, _HEARD) and not state.subscribed:
-        state = replace(state, subscribed=True)
     handler = HANDLERS[type(event)]
     return handler(state, event)
 
@@ -532,9 +527,8 @@ def _link_up(state: Conversation, event: LinkUp) -> Result:
     window = max(1, min(WINDOW, event.receive_max))
     state = replace(state, link=LinkState.ONLINE, up_since=event.now, window=window, reported=len(state.queue))
     effects: Effects = (Notify("online"),)
-    state = replace(state, subscribed=state.subscribed and event.session_present)
-    if not state.subscribed:  # a new process, too, has not seen the retained messages
-        effects += (Subscribe(),)
+    # Whatever the broker says of a session: it may be one of an attempt whose answer was lost, before any subscription.
+    effects += (Subscribe(),)
     effects += (PublishStatus(State.ONLINE, state.declined),)
     state, more = _fetch(state, event.now)
     state, offered = _offer_next(state, event.now)
@@ -968,9 +962,6 @@ def _stop(state: Conversation, _event: Stop) -> Result:
         effects += (PublishStatus(State.STOPPING),)
     return replace(state, link=LinkState.STOPPING, upload=None), (*effects, Disconnect())
 
-
-# What proves that the broker knows our subscription.
-_HEARD: Final = (AckReceived, CommandReceived, RoundSeen, TaskOffered, TaskRepeated, TaskCleared, BlobChunk)
 
 # One handler per event type; each takes exactly that type, which a mapping cannot express.
 HANDLERS: Final[Mapping[type[Event], Callable[[Conversation, Any], Result]]] = MappingProxyType(
