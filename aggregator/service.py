@@ -383,9 +383,9 @@ class Service:
             log.log(logging.WARNING if self._told_down else logging.INFO, "connected to the broker")
             self._told_down = False
             again = self._subscribed
-            if not event.session_present or not self._subscribed:
-                self._attempt(lambda: self._link.subscribe(self._address.aggregator_subscriptions()))
-                self._subscribed = True
+            # Whatever the broker says of a session: it may be one of an attempt whose answer was lost.
+            self._attempt(lambda: self._link.subscribe(self._address.aggregator_subscriptions()))
+            self._subscribed = True
             self._outbox.clear()
             for topic, payload, expires in self._journal.published():
                 self._queue_retained(topic, payload, expires)

@@ -144,7 +144,6 @@ class Conversation:
     link: LinkState = LinkState.OFFLINE
     connection: int = 0
     up_since: float = 0.0
-    subscribed: bool = False
     attempts: int = 0
     brief: int = 0  # connections in a row that did not last
     draws: int = 0
@@ -528,9 +527,8 @@ def _link_up(state: Conversation, event: LinkUp) -> Result:
     window = max(1, min(WINDOW, event.receive_max))
     state = replace(state, link=LinkState.ONLINE, up_since=event.now, window=window, reported=len(state.queue))
     effects: Effects = (Notify("online"),)
-    if not event.session_present or not state.subscribed:  # a new process has not seen the retained messages
-        effects += (Subscribe(),)
-        state = replace(state, subscribed=True)
+    # Whatever the broker says of a session: it may be one of an attempt whose answer was lost, before any subscription.
+    effects += (Subscribe(),)
     effects += (PublishStatus(State.ONLINE, state.declined),)
     state, more = _fetch(state, event.now)
     state, offered = _offer_next(state, event.now)

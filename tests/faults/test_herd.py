@@ -205,7 +205,7 @@ def test_thousand_devices_return_at_once(tmp_path: Path, count: int) -> None:
     with ExitStack() as stack:
         stack.callback(broker.stop)
         broker.start()
-        job = {"rounds": 1, "gate.enabled": False, "round.devices_wait": count, "round.deadline_seconds": 900}
+        job = {"rounds": 1, "gate.enabled": False, "round.devices_wait": count, "round.deadline_seconds": 1800}
         site = Site(tmp_path, [], broker=broker.url, job=job)
         registry = Registry()
         keys = {}
@@ -226,7 +226,7 @@ def test_thousand_devices_return_at_once(tmp_path: Path, count: int) -> None:
         until(lambda: len(herd.ups) >= count and herd.online == count, 120)
         took = max(herd.ups) - died
         per_second = Counter(int(moment - died) for moment in herd.ups)
-        until(lambda: herd.waiting == 0 and accepted(tmp_path) == count, 300)
+        until(lambda: herd.waiting == 0 and accepted(tmp_path) == count, 900)
         peak = int(re.findall(r"VmHWM:\s+(\d+)", Path(f"/proc/{gateway.pid}/status").read_text())[0]) // 1024
         assert gateway.wait(60) == 0
     print(
@@ -241,7 +241,9 @@ def test_thousand_devices_return_at_once(tmp_path: Path, count: int) -> None:
 
 def accepted(folder: Path) -> int:
     path = folder / "state" / "journal.sqlite"
-    if not path.exists():
-        return 0
-    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=10)) as db:
+    with (
+        suppress(sqlite3.OperationalError),
+        closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=10)) as db,
+    ):
         return int(db.execute("SELECT count(*) FROM ledger").fetchone()[0])
+    return 0  # the gateway is just making it
