@@ -108,6 +108,9 @@ def _status(args: argparse.Namespace) -> int:
     ]
     heads = ["device", "state", "paused", "outbox", "accepted", "merged", "refused", "up", "down", "seen"]
     _table(heads, rows)
+    for device in status.devices:
+        if device.reason:
+            print(f"{device.device} trains {device.program}: {device.reason}")
     if status.history:
         last = status.history[-1]
         for name, reason in sorted(last.declined.items()):

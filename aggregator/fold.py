@@ -14,15 +14,16 @@ import logging
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from aggregator.admission import Refused, admit, change_norm, norm_bound
-from aggregator.assign.programs import plan_of, program_of
+from aggregator.assign import assigner_for
 from aggregator.blobs import BlobStore
 from aggregator.gate import judge
 from aggregator.intake import OpenUpload
+from aggregator.job import Job, plan_of
 from aggregator.journal import Journal, LedgerRow
 from aggregator.merge import Contribution, MergeError, Merger, merge, merger_for
 from aggregator.merge.server import server_step
@@ -31,9 +32,6 @@ from edge_sdk.bundle import Bundle, Program
 from edge_sdk.errors import EdgewiseError
 from edge_sdk.tensors import pack, unpack
 from edge_sdk.update import decode_update
-
-if TYPE_CHECKING:
-    from aggregator.job import Job
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +85,7 @@ class Fold:
     def __init__(self, job: Job, bundle: Bundle, journal: Journal, blobs: BlobStore) -> None:
         self._job, self._bundle, self._journal, self._blobs = job, bundle, journal, blobs
         self._program = bundle.program(job.program)
+        self.assigner = assigner_for(job, bundle)
         self._bounds: dict[int, float] = {}  # of the present round
         self._models: OrderedDict[str, dict[str, np.ndarray[Any, Any]]] = OrderedDict()
         self._starts: dict[tuple[str, str], str] = {}  # (model, program) -> digest of what the program starts from
@@ -180,14 +179,28 @@ class Fold:
             _share(checked_after),
         )
 
+    def validation_loss(self, number: int) -> float | None:
+        """What the gateway's own samples say of the model that round `number` left: lower is better; None without them."""
+        record, program = self._journal.round(number), self._evaluation(self._program)
+        if record is None or program.score is None or record.validation_after is None:
+            return None
+        kept = record.validation_after if record.model == record.candidate else record.validation_before
+        if kept is None:
+            return None
+        return kept if program.score.better == "lower" else 1.0 - kept
+
     def merger(self, number: int) -> Merger:
         """The merge rule of a round."""
-        return merger_for(plan_of(self._job, self._bundle, number))
+        return merger_for(plan_of(self._job, self._bundle, self.assigner, number))
 
     def program(self, number: int, phase: str, device: str) -> Program:
         """What a device runs in a phase of a round."""
-        trained = self._bundle.program(program_of(self._job, number, device))
-        return self._evaluation(trained) if phase != "train" else trained
+        if phase != "train":
+            return self._evaluation(self._bundle.program(self.assigner.judges(number, device)))
+        return self._bundle.program(self._trained(number, device))
+
+    def _trained(self, number: int, device: str) -> str:
+        return self._journal.assigned(number, device) or self.assigner.usual(number, device)
 
     def start_of(self, number: int, model: str, program: Program) -> str:
         """The digest of what `program` starts from under `model`; stored as a blob. Raises `StorageError`."""
@@ -261,7 +274,7 @@ class Fold:
             row.num_examples,
             start,
             tensors,
-            program_of(self._job, row.round, row.device),
+            self._trained(row.round, row.device),
             row.start,
             staleness,
             (1 + staleness) ** -0.5,

@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aggregator.assign.programs import plan_of
-from aggregator.merge import MergeError, rule_named
+from aggregator.assign import Assigner, AssignError
+from aggregator.assign import rule_named as assigner_named
+from aggregator.assign.settings import BUDGETS, AssignSettings, FineSettings, PrecisionSettings
+from aggregator.merge import MergeError, Plan, rule_named
 from aggregator.merge.server import OPTIMIZERS
 from aggregator.merge.settings import LoraSettings, MergeSettings, RobustSettings, ServerSettings
 from edge_sdk.bundle import Bundle, Program
@@ -45,6 +47,7 @@ class Key:
     holds: Callable[[Any], bool] = lambda value: True
     required: bool = False
     of: type[Any] = float
+    infinite: bool = False  # whether `inf` means something
 
 
 _SEGMENT = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
@@ -104,6 +107,14 @@ KEYS: tuple[Key, ...] = (
         None,
         "The gateway's certificates, as `edgewise devices init-ca` made them; with it every connection is mutual TLS.",
     ),
+    Key(
+        "blobs.port",
+        int,
+        0,
+        "Port at which devices get models above 16 MiB over HTTPS instead of MQTT; 0: none. Needs `security.folder`.",
+        expected="from 0 to 65535",
+        holds=lambda v: 0 <= v <= 65535,
+    ),
     Key("round.quorum", int, None, "Updates that close a phase at once; without it: one of every device.", **_POSITIVE),
     Key("round.minimum", int, 1, "Fewer updates than this at the deadline are not merged.", **_POSITIVE),
     Key("round.deadline_seconds", float, 600.0, "The longest that a round may take.", **_POSITIVE),
@@ -125,10 +136,34 @@ KEYS: tuple[Key, ...] = (
     Key("task.final_fraction", float, 0.1, "`linear`: what is left of it in the last round.", **_SHARE),
     Key("task.hyper", dict, {}, "Further hyper-parameters of the program, by name."),
     Key("task.encoding", str, "int8_row", "How updates travel.", **_one_of(*KINDS)),
+    Key("assign.rule", str, "fixed", "Who picks the programs: an entry point of the group `edgewise.assigners`."),
     Key(
         "assign.programs", dict, {}, "Programs of devices that do not train `program`, by device: other ranks.", of=str
     ),
     Key("assign.cycle", list, [], "Programs that all devices train in turn, one a round: `alternate`.", of=str),
+    Key("assign.precision.programs", dict, {}, "`precision`: the programs `ptq` and `qat`.", of=str),
+    Key(
+        "assign.precision.time_factor",
+        float,
+        1.2,
+        "How long a round may take, in rounds in which all devices do PTQ; `inf`: no limit.",
+        expected="1 or more",
+        holds=lambda v: v >= 1,
+        infinite=True,
+    ),
+    Key("assign.precision.round_seconds", float, 0.0, "Instead: how long it may take in seconds.", **_NOT_NEGATIVE),
+    Key("assign.precision.max_joules", float, 0.0, "Instead: what QAT may cost more in a round.", **_NOT_NEGATIVE),
+    Key("assign.precision.min_gain", float, 0.0, "Instead: the accuracy, 0 to 1, that QAT is to gain.", **_SHARE),
+    Key("assign.precision.min_drop", float, 0.005, "A device that loses no more by PTQ stays with it.", **_SHARE),
+    Key("assign.precision.drop", float, 0.0, "What PTQ costs, 0 to 1, where the bundle does not say it.", **_SHARE),
+    Key("assign.precision.final_qat", float, 0.16, "Last part of the rounds in which all devices do QAT.", **_SHARE),
+    Key(
+        "assign.precision.fine.every", int, 5, "Rounds between two looks at what QAT brought; 0: off.", **_NOT_NEGATIVE
+    ),
+    Key("assign.precision.fine.max_flips", float, 0.05, "The share of devices that change at a look.", **_SHARE),
+    Key("assign.precision.fine.explore", float, 0.05, "How often one changes at random instead.", **_SHARE),
+    Key("assign.precision.fine.time_price", float, 0.01, "Loss that a round twice as long is worth.", **_NOT_NEGATIVE),
+    Key("assign.precision.fine.seed", int, 7, "Of the random changes.", **_NOT_NEGATIVE),
     Key("task.encodings_allowed", list, [], "Kinds that a device may take instead, by its own `encoding`.", of=str),
     Key(
         "task.density",
@@ -227,6 +262,13 @@ class SecuritySettings:
 
 
 @dataclass(frozen=True)
+class BlobSettings:
+    """`[blobs]`."""
+
+    port: int = 0
+
+
+@dataclass(frozen=True)
 class RoundSettings:
     """`[round]`."""
 
@@ -254,14 +296,6 @@ class TaskSettings:
     density: float = 0.1
     compression: str = "zlib"
     hyper: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class AssignSettings:
-    """`[assign]`."""
-
-    programs: Mapping[str, str]
-    cycle: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -309,6 +343,7 @@ class Job:
     devices: Devices
     broker: BrokerSettings
     security: SecuritySettings
+    blobs: BlobSettings
     round: RoundSettings
     task: TaskSettings
     assign: AssignSettings
@@ -323,9 +358,12 @@ _TABLES: Mapping[str, type[Any]] = {
     "devices": Devices,
     "broker": BrokerSettings,
     "security": SecuritySettings,
+    "blobs": BlobSettings,
     "round": RoundSettings,
     "task": TaskSettings,
     "assign": AssignSettings,
+    "assign.precision": PrecisionSettings,
+    "assign.precision.fine": FineSettings,
     "merge": MergeSettings,
     "merge.lora": LoraSettings,
     "merge.robust": RobustSettings,
@@ -356,6 +394,9 @@ def load_job(path: Path) -> Job:
             values[key.path] = path.parent / key.default if isinstance(key.default, Path) else key.default
     if (values["task.steps"] == 0) == (values["task.epochs"] == 0):
         raise JobError(f"{path}: give either task.steps or task.epochs, above 0")
+    budgets = [f"assign.precision.{name}" for name in BUDGETS if f"assign.precision.{name}" in given]
+    if len(budgets) > 1:
+        raise JobError(f"{path}: {' and '.join(budgets)} exclude each other: give one of them")
     odd = [kind for kind in values["task.encodings_allowed"] if kind not in KINDS]
     if odd:
         raise JobError(f"{path}: task.encodings_allowed names {odd[0]!r}; there are {', '.join(KINDS)}")
@@ -375,6 +416,8 @@ def load_job(path: Path) -> Job:
         raise JobError(
             f"{path}: broker.address = {values['broker.address']!r} is beyond this machine: that needs security.folder"
         )
+    if values["blobs.port"] and not secure:
+        raise JobError(f"{path}: blobs.port: who asks is known by a certificate alone: that needs security.folder")
     if url is not None and url.startswith("mqtts://") is not secure:
         raise JobError(f"{path}: broker.url = {url!r}: mqtts:// and security.folder belong together")
     for name in sorted(
@@ -395,14 +438,17 @@ def check_against(job: Job, bundle: Bundle) -> None:
 
 
 def _check_rules(job: Job, bundle: Bundle) -> None:
-    if job.assign.cycle and job.assign.programs:
-        raise JobError("assign.cycle and assign.programs exclude each other: give one of them")
-    for program_id in dict.fromkeys((job.program, *job.assign.programs.values(), *job.assign.cycle)):
+    try:
+        assigns = assigner_named(job.assign.rule)
+        assigner = assigns.create(job, bundle)
+    except AssignError as error:
+        raise JobError(str(error)) from error
+    for program_id in assigner.programs:
         _check_program(job, bundle.program(program_id))
     program = bundle.program(job.program)
     try:
         rule = rule_named(job.merge.rule, program, bundle.tensors)
-        mergers = [rule.create(plan_of(job, bundle, number)) for number in range(1, 1 + max(1, len(job.assign.cycle)))]
+        mergers = [rule.create(plan_of(job, bundle, assigner, number)) for number in range(1, 1 + assigner.period)]
     except MergeError as error:
         raise JobError(f"merge.rule: {error}") from error
     if job.round.max_staleness > rule.max_staleness:
@@ -419,9 +465,18 @@ def _check_rules(job: Job, bundle: Bundle) -> None:
         means_nothing = key.path.startswith("merge.") and key.path.removeprefix("merge.") not in rule.uses
         if means_nothing and not key.path.startswith(_FOR_ALL_RULES) and _value_at(job, key.path) != key.default:
             raise JobError(f"{key.path}: the rule of this job does not use it: leave it out")
+        means_nothing = key.path.startswith("assign.") and not key.path.removeprefix("assign.").startswith(assigns.uses)
+        if means_nothing and key.path != "assign.rule" and _value_at(job, key.path) != key.default:
+            raise JobError(f"{key.path}: assign.rule = {job.assign.rule!r} does not use it: leave it out")
 
 
 _FOR_ALL_RULES = ("merge.rule", "merge.server.")
+
+
+def plan_of(job: Job, bundle: Bundle, assigner: Assigner, number: int) -> Plan:
+    """What the merge rule of a round is made for. Raises `BundleError` for a program that the bundle lacks."""
+    trained = {program_id: bundle.program(program_id) for program_id in assigner.trained_in(number)}
+    return Plan(bundle.program(job.program), trained, bundle.tensors, job.merge, job.seed, number)
 
 
 def _value_at(job: Job, path: str) -> Any:
@@ -502,7 +557,9 @@ def _checked(key: Key, value: Any, path: Path) -> Any:
         return path.parent / value
     if key.kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not key.kind or (key.kind is float and not math.isfinite(value)):
+    if type(value) is not key.kind or (
+        key.kind is float and not math.isfinite(value) and not (key.infinite and math.isinf(value))
+    ):
         raise wrong(_KINDS.get(key.kind, "a table"))
     if key.kind in (dict, list):
         items, accepted = (

@@ -49,10 +49,11 @@ def task(seed: int, concentration: float | None) -> Task:
     y = labels[order].astype(np.int64)
     turned = np.rot90(x.reshape(-1, 8, 8), axes=(1, 2)).reshape(-1, 64).copy()
     train = (turned[600:1500], y[600:1500])
-    return Task((x[:600], y[:600]), train, (turned[1500:], y[1500:]), _split(train[1], concentration, draw))
+    return Task((x[:600], y[:600]), train, (turned[1500:], y[1500:]), split(train[1], concentration, draw))
 
 
-def _split(labels: Array, concentration: float | None, draw: np.random.Generator) -> tuple[Array, ...]:
+def split(labels: Array, concentration: float | None, draw: np.random.Generator) -> tuple[Array, ...]:
+    """Index arrays of `CLIENTS` clients into `labels`, of `LEAST` or more images each."""
     if concentration is None:
         return tuple(np.array_split(draw.permutation(len(labels)), CLIENTS))
     for _ in range(1000):
@@ -130,6 +131,7 @@ def federate(
     labels: Callable[[int, Array], Array] = lambda client, y: y,
     attack: Attack = lambda client, start, trained, draw: trained,
     encoding: Encoding | None = None,
+    steps: int = STEPS,
 ) -> Run:
     """Run `rounds` rounds. `program_of(client, round)` is what a client trains, `model` the program that owns the model."""
     owner = bundle.program(model)
@@ -155,7 +157,7 @@ def federate(
             start = merger.cut(tensors, program)
             chosen = (data.train[0][members], labels(client, data.train[1][members]))
             trained = attack(
-                client, start, _trained(bundle, program, start, chosen, learning_rate, hyper or {}, draw), draw
+                client, start, _trained(bundle, program, start, chosen, learning_rate, hyper or {}, draw, steps), draw
             )
             if encoding is not None:
                 wanted = Encoding(
@@ -183,11 +185,12 @@ def _trained(
     learning_rate: float,
     hyper: Mapping[str, float],
     draw: np.random.Generator,
+    steps: int,
 ) -> dict[str, Array]:
     stepper = Stepper(bundle, program, start)
     x, y = data
     size = min(BATCH, len(x))
-    for _ in range(STEPS):
+    for _ in range(steps):
         batch = draw.choice(len(x), size, replace=False)
         stepper.step({"d.x": x[batch], "d.y": y[batch]}, {"weight_decay": 0.0, **hyper, "lr": learning_rate})
     trained = stepper.tensors()

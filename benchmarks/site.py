@@ -32,7 +32,7 @@ from edge_sdk.tls import TlsFiles
 class Site:
     """`job` holds overrides of the job file by dotted key; `samples` is how many each device has.
 
-    With `tls` there is a certificate authority, and every connection is mutual TLS.
+    `make_bundle` writes a bundle whose samples are like the tiny one's. With `tls` there is a certificate authority, and every connection is mutual TLS.
     """
 
     def __init__(
@@ -46,11 +46,16 @@ class Site:
         broker: str | None = None,
         limits: dict[str, Any] | None = None,
         tls: bool = False,
+        make_bundle: Callable[[Path], object] | None = None,
     ) -> None:
         self.folder = folder
         self.ids = list(devices)
         self.features = features
-        self.bundle = tiny_bundle(folder / "tiny.bundle", features=features)
+        self.bundle = folder / "tiny.bundle"
+        if make_bundle is None:
+            tiny_bundle(self.bundle, features=features)
+        else:
+            make_bundle(self.bundle)
         self.keys = make_keys(folder / "keys")
         self.port = free_port()
         self.broker = broker or f"{'mqtts' if tls else 'mqtt'}://127.0.0.1:{self.port}"

@@ -282,6 +282,13 @@ _QV: Final = {"rank": 4, "targets": ["*.attention.q", "*.attention.v"]}
 
 STEP_MODELS: Final[dict[str, StepModel]] = {
     "mlp": StepModel(Mlp, (64,)),
+    "mlp_adapter": StepModel(
+        lambda width: nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024)),
+        (1024,),
+        loss="mse",
+        scope="lora",
+        options={"rank": 4, "targets": ["*"]},
+    ),
     "cnn_all": StepModel(Cnn, (3, 32, 32)),
     "cnn_last": StepModel(Cnn, (3, 32, 32), scope="layer", options={"modules": ["features.4.*", "head"]}),
     "depthwise_all": StepModel(depthwise, (3, 32, 32)),

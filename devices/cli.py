@@ -81,6 +81,9 @@ def register(parser: argparse.ArgumentParser) -> None:
     revoke = commands.add_parser("revoke", help="shut a device out for good")
     revoke.add_argument("id")
     revoke.add_argument("--ca", type=Path, required=True)
+    revoke.add_argument(
+        "--discard-round", action="store_true", help="what it gave to the round that is open does not count either"
+    )
     revoke.set_defaults(run=_revoke)
     renew = commands.add_parser("renew", help="a new certificate for a device, or for server, aggregator or enroller")
     renew.add_argument("id")
@@ -214,7 +217,8 @@ def _revoke(args: argparse.Namespace) -> int:
     from devices.authority import Authority
     from devices.enroll import revoke
 
-    return _tell(args, revoke(Authority(args.ca), args.id), f"{args.id} is shut out")
+    result = revoke(Authority(args.ca), args.id, discard_round=args.discard_round)
+    return _tell(args, result, f"{args.id} is shut out")
 
 
 def _renew(args: argparse.Namespace) -> int:

@@ -249,6 +249,7 @@ def _metrics(program: Program, results: list[StepResult], trained: Tensors) -> d
     }
     return {
         **means,
+        "step_ms": 1000 * float(np.median([result.seconds for result in results])),
         "loss_first": float(np.mean(losses[:tenth])),
         "loss_last": float(np.mean(losses[-tenth:])),
     }
