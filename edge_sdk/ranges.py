@@ -130,3 +130,35 @@ def scale_of(low: float, high: float, most: int = 255) -> tuple[np.float32, int]
     if not scale > np.finfo(np.float32).tiny:
         return np.float32(1), 0
     return scale, int(np.rint(-low / float(scale)))
+
+
+# Names in the tensor table of what a calibration changes in an integer graph; a bias says what enters its layer.
+SCALE, ZERO_POINT, BIAS, BIAS_SCALE, ENTERING = "scale.", "zero_point.", "bias.", "bias_scale.", ".after."
+
+
+def rescaled(late: Mapping[str, Array], ranges: Mapping[str, tuple[float, float]]) -> dict[str, Array]:
+    """The late constants of an integer graph (table name -> value) for new ranges of its activations (tensor -> low, high).
+
+    Biases are sums of products, so their scale is that of the activation times that of the weight: both they and their
+    codes move with it. A tensor without a new range stays. Raises `RangeError` for a name that is none of these.
+    """
+    new = dict(late)
+    factors: dict[str, float] = {}
+    for name in late:
+        if name.startswith(SCALE) and (tensor := name.removeprefix(SCALE)) in ranges:
+            scale, zero_point = scale_of(*ranges[tensor])
+            factors[tensor] = float(scale) / float(late[name])
+            new[name] = np.array(scale, np.float32)
+            new[ZERO_POINT + tensor] = np.array(zero_point, late[ZERO_POINT + tensor].dtype)
+        elif not name.startswith((SCALE, ZERO_POINT, BIAS, BIAS_SCALE)):
+            raise RangeError(f"{name!r} is no scale, zero point or bias of an integer graph")
+    limit = 2**31 - 1
+    for name in late:
+        tensor = name.rpartition(ENTERING)[2]
+        if tensor not in factors:
+            continue
+        if name.startswith(BIAS_SCALE):
+            new[name] = (late[name] * np.float64(factors[tensor])).astype(np.float32)
+        elif name.startswith(BIAS):
+            new[name] = np.rint(late[name] / factors[tensor]).clip(-limit, limit).astype(np.int32)
+    return new

@@ -27,7 +27,7 @@ from edge_sdk.tensors import Array, digest, pack
 from edge_sdk.update import max_update_bytes
 from export.cost import flops_per_sample, peak_bytes
 from export.cut import Features
-from export.deploy import Deployed, deployed
+from export.deploy import Deployed, deployed, late_row
 from export.errors import ContractError, SpecError, UnsupportedModel
 from export.forward import static_tail, trainable_constants
 from export.graph import array_of, clone, dims
@@ -347,6 +347,7 @@ def _assemble(
     if extra is not None:
         models |= extra.graphs
         rows += [dict(row) for row in extra.tensors if row["name"] not in table]
+        rows += [late_row(name, value, weights.add(f"c.{name}", value)) for name, value in extra.late.items()]
     graphs, content = write_graphs(list(models.values()), weights)
     files = dict(zip(models, graphs, strict=True))
     files["weights.safetensors"] = content

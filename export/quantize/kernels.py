@@ -7,6 +7,7 @@ gives the same numbers, and takes longer than the float network.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -14,7 +15,8 @@ from typing import Final
 import onnx
 import onnxruntime
 
-from edge_sdk.sessions import FLOAT_PRODUCTS
+from edge_sdk.sessions import FLOAT_PRODUCTS, shared
+from edge_sdk.tensors import Array
 
 INTEGER: Final = frozenset(
     [
@@ -49,13 +51,19 @@ class Kernels:
         return self.integer > 0 and not self.floats
 
 
-def kernels_of(model: bytes) -> Kernels:
-    """Let the runtime optimise a model for this machine, and count."""
+def kernels_of(model: bytes | Path, late: Mapping[str, Array] | None = None) -> Kernels:
+    """Let the runtime optimise a model, or a file with its weights beside it, for this machine, and count.
+
+    `late`: values for constants of a file, as in `edge_sdk.sessions.open_session`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         options = quiet()
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-        onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        graph = onnx.load(options.optimized_model_filepath).graph
+        if late:
+            options.add_external_initializers(list(late), [shared(value) for value in late.values()])
+        source = str(model) if isinstance(model, Path) else model
+        onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
     constants = {tensor.name for tensor in graph.initializer}
     counts: dict[str, int] = {}
     floats = []

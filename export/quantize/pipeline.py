@@ -73,7 +73,7 @@ class Data:
 class Quantized:
     """The file to flash and its report; `integer` is the integer form, whether or not it ships.
 
-    `prepared`: the float graph that the integers were made from; `scaled`: its tensors that have a scale, in order.
+    `prepared`: the float graph that the integers were made from; `graph`: what was made of it, before it was stripped.
     """
 
     model: bytes
@@ -81,7 +81,7 @@ class Quantized:
     report: QuantReport
     ranges: RangeStats
     prepared: ir.Model
-    scaled: tuple[str, ...]
+    graph: onnx.ModelProto
 
 
 def quantize_model(
@@ -193,8 +193,9 @@ def _measured(
         machine=processor(),
         runtime=f"onnxruntime {onnxruntime.__version__}",
     )
-    scaled = () if blocks else tuple(q.name for q in IntegerModel.read(made).activations)
-    return Quantized(before if ships == "float" else integer, integer, report, ranges or RangeStats(), prepared, scaled)
+    kept = onnx.ModelProto()
+    kept.CopyFrom(made)  # training goes on in the other
+    return Quantized(before if ships == "float" else integer, integer, report, ranges or RangeStats(), prepared, kept)
 
 
 _KEPT_FLOAT = ("Conv", "FusedConv", "Gemm", "FusedGemm", "Add", "FusedMatMul", "MatMul")

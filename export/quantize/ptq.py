@@ -11,7 +11,7 @@ convolution in float.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -231,20 +231,24 @@ def recalibrated(model: onnx.ModelProto, ranges: Mapping[str, tuple[float, float
     return made
 
 
-def stripped(model: onnx.ModelProto) -> bytes:
-    """The file to flash: short names but for inputs and outputs, and nothing that the runtime does not read."""
+def stripped(model: onnx.ModelProto, kept_names: Mapping[str, str] | None = None) -> bytes:
+    """The file to flash: short names but for inputs and outputs, and nothing that the runtime does not read.
+
+    `kept_names`: initializers that stay apart, and what they are called.
+    """
     made = onnx.ModelProto()
     made.CopyFrom(model)
     graph = made.graph
     kept = {value.name for value in (*graph.input, *graph.output)}
-    short: dict[str, str] = {"": ""}
+    named = dict(kept_names or {})
+    short: dict[str, str] = {"": "", **named}
 
     def name_of(name: str) -> str:
         if name in kept:
             return name
         return short.setdefault(name, f"{len(short):x}")
 
-    _merge_equal(graph)
+    _merge_equal(graph, named)
     for tensor in graph.initializer:
         tensor.name, tensor.doc_string = name_of(tensor.name), ""
     for node in graph.node:
@@ -266,7 +270,7 @@ def stripped(model: onnx.ModelProto) -> bytes:
     return content
 
 
-def _merge_equal(graph: onnx.GraphProto) -> None:
+def _merge_equal(graph: onnx.GraphProto, apart: Collection[str]) -> None:
     """Scales and zero points are written once."""
     first: dict[bytes, str] = {}
     same: dict[str, str] = {}
@@ -275,6 +279,8 @@ def _merge_equal(graph: onnx.GraphProto) -> None:
         bare.CopyFrom(tensor)
         bare.name = ""
         key = bare.SerializeToString(deterministic=True)
+        if tensor.name in apart:
+            continue
         if key in first:
             same[tensor.name] = first[key]
             graph.initializer.remove(tensor)

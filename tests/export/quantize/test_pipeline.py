@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from edge_sdk.bundle import Bundle
-from edge_sdk.ranges import BINS, Bounds, RangeStats
-from edge_sdk.runtime import Predictor, Stepper
+from edge_sdk.errors import TaskError
+from edge_sdk.ranges import BINS, Bounds, RangeStats, rescaled
+from edge_sdk.runtime import Predictor, Stepper, late_constants
 from export.build import Deploy, ProgramSpec, build_bundle
 from export.errors import SpecError
 from export.quantize.kernels import kernels_of, quiet
@@ -117,6 +118,42 @@ def test_what_devices_observe_is_what_the_exporter_would_see(bundle: Bundle, for
     assert found["d.x"] == (0.0, float(x.max()))
     assert total.sum() == x.size
     assert isinstance(stats.clients["device0"]["d.x"], Bounds)
+
+
+def test_new_scales_reach_a_device_without_a_new_bundle(tmp_path: Path) -> None:
+    """Exported with dim samples; what devices observe repairs it, and the kernels stay those of integers."""
+    data, path = digits(), tmp_path / "dim.bundle"
+    dim = (0.15 * data.x[:200], data.y[:200])
+    build_bundle(
+        trained(), dim, path, name="net", loss="cross_entropy", programs=[ProgramSpec("head", {}, "float", "sgd")],
+        deploy=Deploy(Recipe(qat=None, allow=("latency", "accuracy")), data.held_x, data.held_y),
+    )  # fmt: skip
+    with Bundle.open(path) as opened:
+        program, observe = opened.program("net/evaluate/int8"), opened.program("net/observe/float")
+        start = opened.initial(program)
+        predictor = Predictor(opened, program, start)
+        before = score(np.asarray(predictor.predict(data.held_x)), data.held_y)
+        stepper = Stepper(opened, observe, opened.initial(observe))
+        stepper.step({"d.x": data.x[:200], "d.y": data.y[:200]})
+        seen = stepper.tensors()
+        names = opened.report["observed"]
+        stats = RangeStats.observed("device", names, seen["observe.low"], seen["observe.high"])
+        new = rescaled(start, stats.finish())
+        predictor.set_tensors(new)
+        after = score(np.asarray(predictor.predict(data.held_x)), data.held_y)
+        assert after >= opened.report["quantization"]["float_score"] - 0.01
+        assert after >= before + 0.03
+        assert kernels_of(opened.file(str(program.infer)), late_constants(opened, program, new)).all_integer
+        counting = Stepper(opened, program, new)
+        counting.step({"d.x": data.held_x, "d.y": data.held_y})
+        assert counting.tensors()["evaluate.correct"].sum() == round(after * len(data.held_y))
+        predictor.set_tensors(start)
+        assert score(np.asarray(predictor.predict(data.held_x)), data.held_y) == before
+        wrong = {**start, "scale.d.x": np.zeros(3, np.float32)}
+        with pytest.raises(
+            TaskError, match=r"'scale.d.x' of 'net/evaluate/int8' should be float32 \[\], found float32 \[3\]"
+        ):
+            predictor.set_tensors(wrong)
 
 
 SPEC = """
