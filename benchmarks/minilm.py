@@ -27,7 +27,7 @@ from benchmarks.report import Report, main, parser, positive, table
 from benchmarks.step_peers.adapted import Adapted
 from edge_sdk.bundle import Bundle, Program
 from edge_sdk.runtime import Predictor, RuntimeProfile, Stepper
-from edge_sdk.tensors import digest
+from edge_sdk.tensors import digest, pack
 from edge_sdk.update import Encoding, encode_update
 from examples.datasets import glosses
 from export.build import ProgramSpec, build_bundle
@@ -202,7 +202,7 @@ def _update_bytes(bundle: Bundle, program: Program, trained: Mapping[str, np.nda
     found = {}
     for kind in ("float32", "int8_row"):
         encoding = Encoding(kind)
-        body, _ = encode_update(program, bundle.tensors, start, digest(start), trained, encoding, {}, 0)
+        body, _ = encode_update(program, bundle.tensors, start, digest(pack(start)), trained, encoding, {}, 0)
         found[kind] = min(len(body), len(zlib.compress(body)))
     return found
 
