@@ -28,7 +28,7 @@ from export.graph import array_of, clone
 from export.quantize.equalize import layer_pairs, rescale, set_constants
 from export.quantize.fold import fold_normalizations
 from export.quantize.pipeline import Data, Recipe, quantize_model
-from export.quantize.qat import QatSettings
+from export.quantize.settings import QatSettings
 from export.torch_import import forward_graph
 
 SIZES: Final = (

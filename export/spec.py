@@ -51,8 +51,8 @@ from edge_sdk.tensors import Array
 from export.build import Deploy, ProgramSpec, Report, build_bundle, forward_of
 from export.errors import SpecError
 from export.quantize.pipeline import Data, Recipe, quantize_model
-from export.quantize.qat import QatSettings
 from export.quantize.report import GATES, QuantReport
+from export.quantize.settings import QatSettings
 
 _KEYS: Mapping[str, type | tuple[type, ...]] = {
     "name": str,

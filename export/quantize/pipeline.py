@@ -30,8 +30,8 @@ from export.quantize.equalize import equalize
 from export.quantize.fold import fold_normalizations, fold_transposes
 from export.quantize.kernels import Kernels, kernels_of, quiet
 from export.quantize.ptq import IntegerModel, stripped, to_integers
-from export.quantize.qat import QatSettings, train
 from export.quantize.report import QuantReport, Violation, check_gates
+from export.quantize.settings import QatSettings
 
 _EQUALIZE_ON = 32  # samples that prove an equalization exact
 
@@ -123,6 +123,8 @@ def quantize_model(
     if recipe.qat is not None and _drop(found.report) > recipe.tolerance:
         on_progress(f"accuracy falls by {_drop(found.report):.4f}: training {recipe.qat.steps} steps")
         floats = {n: a for n, value in prepared.graph.initializers.items() if (a := array_of(value)) is not None}
+        from export.quantize.qat import train  # the one part that needs torch
+
         train(made, floats, data.x, data.y, bits=recipe.bits, classifies=data.classifies, settings=recipe.qat)
         method.append(f"qat{recipe.bits} ({recipe.qat.steps} steps)")
         trained = _measured(before, made, prepared, data, recipe, method, ranges=seen)

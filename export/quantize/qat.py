@@ -8,7 +8,6 @@ back into the same initializers. Training and deployment share one graph, so the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -21,20 +20,11 @@ from edge_sdk.fields import INPUT
 from edge_sdk.tensors import Array
 from export.errors import ExportError
 from export.quantize.ptq import IntegerModel
+from export.quantize.settings import QatSettings
 from export.quantize.weights import levels
 
 _CODES: Final = 255
 _MOST: Final = 2.0**31 - 1
-
-
-@dataclass(frozen=True)
-class QatSettings:
-    """Steps of Adam with this batch size and peak learning rate, which falls to zero along a cosine."""
-
-    steps: int = 150
-    batch: int = 64
-    learning_rate: float = 1e-3
-    seed: int = 0
 
 
 def train(

@@ -11,7 +11,8 @@ from export.errors import ExportError
 from export.graph import array_of
 from export.quantize.calibration import calibrate
 from export.quantize.ptq import IntegerModel, stripped, to_integers
-from export.quantize.qat import FakeQuantizedGraph, QatSettings, train
+from export.quantize.qat import FakeQuantizedGraph, train
+from export.quantize.settings import QatSettings
 from export.quantize.weights import levels
 from tests.export.quantize.nets import accuracy, digits, family, graph_of, run, trained
 

@@ -22,8 +22,8 @@ from export.build import Deploy, ProgramSpec, build_bundle
 from export.errors import SpecError
 from export.quantize.kernels import kernels_of, quiet
 from export.quantize.pipeline import Recipe, quantize_model, score
-from export.quantize.qat import QatSettings
 from export.quantize.report import GateFailed
+from export.quantize.settings import QatSettings
 from export.spec import load_spec
 from export.torch_import import forward_graph
 from tests.export.quantize.nets import accuracy, digits, trained
