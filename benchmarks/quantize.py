@@ -120,8 +120,8 @@ def size_row(name: str) -> dict[str, Any]:
         "cpu_ratio": found.cpu_ratio,
         "float_us": found.float_cpu_us,
         "int8_us": found.integer_cpu_us,
-        "float_mb": found.float_vmhwm_kb / 1024,
-        "int8_mb": found.integer_vmhwm_kb / 1024,
+        "float_mb": (found.float_vmhwm_kb or 0) / 1024,
+        "int8_mb": (found.integer_vmhwm_kb or 0) / 1024,
         "integer_kernels": found.integer_kernels,
         "float_kernels": len(found.float_kernels) + len(four.report.float_kernels),
         "advice": "int8" if found.cpu_ratio >= 1 else "int8 is slower: float where the flash permits",
@@ -137,7 +137,7 @@ def accuracy_row(name: str, seed: int, steps: int) -> dict[str, Any]:
     learn(module, data, steps, rate, seed)
     model = forward_graph(module, data.x[:2])
     hostile = imbalanced(model, seed)
-    free = Recipe(qat=None, allow=ANY)
+    free = Recipe(qat=None, allow=ANY, memory=False)
     ptq8 = quantize_model(model, data, free).report
     ptq4 = quantize_model(model, data, replace(free, bits=4)).report
     qat4 = quantize_model(model, data, replace(free, bits=4, tolerance=-1.0, qat=QAT)).report

@@ -41,7 +41,8 @@ class Recipe:
     """How to quantize: bits of weights (2 to 8), and how far accuracy may fall, as a share.
 
     `qat`: settings of the training that closes a gap; None never trains. `flash_kb`: what the target holds; None does not
-    care. `reduce_range`: 7-bit products, for processors that saturate. `allow`: gates that may fail.
+    care. `reduce_range`: 7-bit products, for processors that saturate. `allow`: gates that may fail. `memory`: also measure
+    the peak of a fresh process of each form, which takes a second.
     """
 
     bits: int = 8
@@ -52,6 +53,7 @@ class Recipe:
     reduce_range: bool = False
     signed: bool = False
     allow: Collection[str] = ()
+    memory: bool = True
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,9 @@ def _measured(
     slower = any(v.gate == "latency" for v in violations)
     fits = recipe.flash_kb is None or len(before) <= 1024 * recipe.flash_kb
     ships = "float" if slower and fits and "latency" not in recipe.allow else "integer"
-    memory = {kind: _memory(content) for kind, content in (("float", before), ("integer", integer))}
+    memory = {
+        kind: _memory(content) if recipe.memory else None for kind, content in (("float", before), ("integer", integer))
+    }
     report = QuantReport(
         bits=recipe.bits,
         method=tuple(method),

@@ -60,8 +60,8 @@ class QuantReport:
     integer_bytes: int
     float_cpu_us: float
     integer_cpu_us: float
-    float_vmhwm_kb: int
-    integer_vmhwm_kb: int
+    float_vmhwm_kb: int | None
+    integer_vmhwm_kb: int | None
     violations: tuple[Violation, ...]
     allowed: tuple[str, ...]
     machine: str

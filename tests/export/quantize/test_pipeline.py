@@ -48,7 +48,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory):
 
 def test_where_accuracy_falls_too_far_it_trains_and_says_so(forward) -> None:
     found = quantize_model(
-        forward, digits(), Recipe(bits=3, tolerance=0.02, qat=QatSettings(120, 64, 2e-3), allow=("latency",))
+        forward,
+        digits(),
+        Recipe(memory=False, bits=3, tolerance=0.02, qat=QatSettings(120, 64, 2e-3), allow=("latency",)),
     )
     assert any(step.startswith("qat3") for step in found.report.method)
     assert found.report.integer_score >= found.report.float_score - 0.02
@@ -57,21 +59,21 @@ def test_where_accuracy_falls_too_far_it_trains_and_says_so(forward) -> None:
 
 def test_the_accuracy_gate_stops_and_its_allowance_is_recorded(forward) -> None:
     with pytest.raises(GateFailed, match=r"net: nothing was written:\n  accuracy: the score falls from 0\.9.* to 0\."):
-        quantize_model(forward, digits(), Recipe(bits=2, qat=None), name="net")
-    found = quantize_model(forward, digits(), Recipe(bits=2, qat=None, allow=("accuracy", "latency")))
+        quantize_model(forward, digits(), Recipe(memory=False, bits=2, qat=None), name="net")
+    found = quantize_model(forward, digits(), Recipe(memory=False, bits=2, qat=None, allow=("accuracy", "latency")))
     assert set(found.report.allowed) >= {"accuracy"}
 
 
 def test_a_flash_that_is_too_small_is_refused(forward) -> None:
     with pytest.raises(GateFailed, match="budget: .* bytes, the profile has 1 KB of flash"):
-        quantize_model(forward, digits(), Recipe(flash_kb=1))
+        quantize_model(forward, digits(), Recipe(memory=False, flash_kb=1))
 
 
 def test_slower_integers_ship_only_where_the_flash_holds_no_float(forward) -> None:
     """The net is so small that this machine's float kernels win; where they do not, integers ship in any case."""
-    roomy = quantize_model(forward, digits(), Recipe(flash_kb=1000))
+    roomy = quantize_model(forward, digits(), Recipe(memory=False, flash_kb=1000))
     float_kb = roomy.report.float_bytes // 1024
-    tight = quantize_model(forward, digits(), Recipe(flash_kb=float_kb - 1))
+    tight = quantize_model(forward, digits(), Recipe(memory=False, flash_kb=float_kb - 1))
     slower = roomy.report.integer_cpu_us > roomy.report.float_cpu_us
     assert roomy.report.ships == ("float" if slower else "integer")
     assert tight.report.ships == "integer"
@@ -126,7 +128,7 @@ def test_new_scales_reach_a_device_without_a_new_bundle(tmp_path: Path) -> None:
     dim = (0.15 * data.x[:200], data.y[:200])
     build_bundle(
         trained(), dim, path, name="net", loss="cross_entropy", programs=[ProgramSpec("head", {}, "float", "sgd")],
-        deploy=Deploy(Recipe(qat=None, allow=("latency", "accuracy")), data.held_x, data.held_y),
+        deploy=Deploy(Recipe(memory=False, qat=None, allow=("latency", "accuracy")), data.held_x, data.held_y),
     )  # fmt: skip
     with Bundle.open(path) as opened:
         program, observe = opened.program("net/evaluate/int8"), opened.program("net/observe/float")
