@@ -17,38 +17,39 @@ from examples.datasets import minilm_files
 
 TOKENS: Final = 32
 LAYERS, SIZE, HEADS = 6, 384, 12
+WORDS: Final = 30522
 
 
 class Layer(nn.Module):
     """Attention and two linear layers, each with a residual and a norm behind it."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__()
-        self.q, self.k, self.v, self.out = (nn.Linear(SIZE, SIZE) for _ in range(4))
-        self.up, self.down = nn.Linear(SIZE, 4 * SIZE), nn.Linear(4 * SIZE, SIZE)
-        self.norm1, self.norm2 = nn.LayerNorm(SIZE, 1e-12), nn.LayerNorm(SIZE, 1e-12)
+        self.q, self.k, self.v, self.out = (nn.Linear(size, size) for _ in range(4))
+        self.up, self.down = nn.Linear(size, 4 * size), nn.Linear(4 * size, size)
+        self.norm1, self.norm2 = nn.LayerNorm(size, 1e-12), nn.LayerNorm(size, 1e-12)
 
     def forward(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        batch = x.shape[0]
+        batch, _, size = x.shape
 
         def split(y: torch.Tensor) -> torch.Tensor:
-            return y.reshape(batch, TOKENS, HEADS, SIZE // HEADS).transpose(1, 2)
+            return y.reshape(batch, TOKENS, HEADS, size // HEADS).transpose(1, 2)
 
-        scores = split(self.q(x)) @ split(self.k(x)).transpose(2, 3) / (SIZE // HEADS) ** 0.5 + hidden
-        mixed = (scores.softmax(-1) @ split(self.v(x))).transpose(1, 2).reshape(batch, TOKENS, SIZE)
+        scores = split(self.q(x)) @ split(self.k(x)).transpose(2, 3) / (size // HEADS) ** 0.5 + hidden
+        mixed = (scores.softmax(-1) @ split(self.v(x))).transpose(1, 2).reshape(batch, TOKENS, size)
         x = self.norm1(x + self.out(mixed))
         return self.norm2(x + self.down(functional.gelu(self.up(x))))
 
 
 class MiniLm(nn.Module):
-    """The encoder and a classifier."""
+    """The encoder and a classifier; `size` is that of a token's embedding, a multiple of 12."""
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, classes: int, size: int = SIZE) -> None:
         super().__init__()
-        self.words, self.places = nn.Embedding(30522, SIZE), nn.Parameter(torch.zeros(TOKENS, SIZE))
-        self.norm = nn.LayerNorm(SIZE, 1e-12)
-        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
-        self.head = nn.Linear(SIZE, classes)
+        self.words, self.places = nn.Embedding(WORDS, size), nn.Parameter(torch.zeros(TOKENS, size))
+        self.norm = nn.LayerNorm(size, 1e-12)
+        self.layers = nn.ModuleList(Layer(size) for _ in range(LAYERS))
+        self.head = nn.Linear(size, classes)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Embeddings of texts, float32 `[n, 384]`."""

@@ -1,4 +1,5 @@
-"""`edgewise export build SPEC -o model.bundle`, `quantize SPEC -o model.onnx` and `check MODEL --train GLOB`.
+"""`edgewise export build SPEC -o model.bundle`, `quantize SPEC -o model.onnx`, `check MODEL --train GLOB`; and what was
+trained, out of a bundle again: `merge` into the float weights, `peft` as an adapter.
 
 Exit codes: 0 written, or it can train; 3 the specification or the model is wrong, or it cannot train; 5 the proof of a
 step graph failed; 6 a gate of the quantized model failed (docs/quantization.md). Nothing is written but with 0.
@@ -15,7 +16,7 @@ from edge_sdk.keys import SigningKey
 
 
 def register(parser: argparse.ArgumentParser) -> None:
-    """Add `build`, `quantize` and `check`."""
+    """Add `build`, `quantize`, `check`, `merge` and `peft`."""
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     build = commands.add_parser("build", help="make a bundle from a model, a loss and an example batch")
     build.add_argument(
@@ -40,6 +41,21 @@ def register(parser: argparse.ArgumentParser) -> None:
     check.add_argument("--loss", help="cross_entropy or mse; by default what suits the output")
     check.add_argument("--json", action="store_true", help="print the answer as JSON")
     check.set_defaults(run=_check)
+    merge = commands.add_parser("merge", help="add trained adapters to the float weights they were trained over")
+    merge.add_argument("-o", "--output", type=Path, required=True, help="the safetensors file to write")
+    merge.set_defaults(run=_merge)
+    peft = commands.add_parser("peft", help="write trained adapters in the format of the PEFT library")
+    peft.add_argument("-o", "--output", type=Path, required=True, help="the folder to write")
+    peft.add_argument("--base-model", default="", metavar="NAME", help="what the adapter's settings call its base")
+    peft.set_defaults(run=_peft)
+    for command in (merge, peft):
+        command.add_argument("bundle", type=Path, metavar="BUNDLE", help="the bundle that was trained")
+        command.add_argument(
+            "--model", type=Path, required=True, help="the gateway's model.safetensors, or any of its shape"
+        )
+        command.add_argument(
+            "--master", type=Path, required=True, help="the float weights of the torch module (safetensors)"
+        )
 
 
 def _build(args: argparse.Namespace) -> int:
@@ -106,4 +122,30 @@ def _check(args: argparse.Namespace) -> int:
         print(found.problem)
         return 3
     print(f"backward: {found.backward_flops} operations per sample")
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from edge_sdk.bundle import Bundle
+    from export.adapters import merged, program_of, read_tensors, write_tensors
+
+    tensors, master = read_tensors(args.model), read_tensors(args.master)
+    with Bundle.open(args.bundle) as bundle:
+        program = program_of(bundle, tensors)
+        found = merged(bundle, program, tensors, master)
+    write_tensors(found, args.output)
+    changed = sum(not (found[name] == master[name]).all() for name in master)
+    print(f"{args.output}: {changed} of {len(found)} tensors changed by {program.id}")
+    return 0
+
+
+def _peft(args: argparse.Namespace) -> int:
+    from edge_sdk.bundle import Bundle
+    from export.adapters import program_of, read_tensors, write_peft
+
+    tensors, master = read_tensors(args.model), read_tensors(args.master)
+    with Bundle.open(args.bundle) as bundle:
+        program = program_of(bundle, tensors)
+        write_peft(bundle, program, tensors, master, args.output, args.base_model)
+    print(f"{args.output}: adapter_config.json and adapter_model.safetensors of {program.id}")
     return 0

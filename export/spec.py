@@ -16,7 +16,7 @@
     batch = 32                                 default batch size
     accumulate = true                          optional: devices may train on larger batches, in parts of at most
     largest = 32                               this many samples (default: batch); needs two more graphs
-    rank = 4                                   further keys are options of the scope (lora: rank, alpha, targets; layer: modules)
+    rank = 4                                   further keys are options of the scope (lora: docs/lora.md; layer: modules)
 
     [deploy]                                   optional: quantize the network as it is, and serve it in integers
     bits = 8                                   of weights, 2 to 8; activations have 8
