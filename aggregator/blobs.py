@@ -18,7 +18,7 @@ from edge_sdk.errors import StorageError
 from edge_sdk.tensors import digest as digest_of
 
 log = logging.getLogger(__name__)
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+DIGEST = r"[0-9a-f]{64}"
 
 
 class DiskFullError(StorageError):
@@ -53,13 +53,19 @@ class BlobStore:
     def size(self, digest: str) -> int | None:
         """Bytes of a blob, or None if it is not here."""
         try:
-            return self._path(digest).stat().st_size
+            return self.path(digest).stat().st_size
         except OSError:
             return None
 
+    def path(self, digest: str) -> Path:
+        """The file of a blob, which may not be here. Raises `StorageError` for a name that is no digest."""
+        if not re.fullmatch(DIGEST, digest):
+            raise StorageError(f"{digest[:80]!r} is not a digest: 64 hexadecimal digits were expected")
+        return self._folder / digest
+
     def read(self, digest: str) -> bytes:
         """The whole blob, checked against its name. Raises `StorageError` if it is absent or was changed."""
-        path = self._path(digest)
+        path = self.path(digest)
         try:
             data = path.read_bytes()
         except OSError as error:
@@ -71,7 +77,7 @@ class BlobStore:
     def chunk(self, digest: str, index: int, size: int) -> bytes | None:
         """Bytes `[index * size, (index + 1) * size)`, shorter at the end; None outside it."""
         try:
-            with self._path(digest).open("rb") as file:
+            with self.path(digest).open("rb") as file:
                 file.seek(index * size)
                 return file.read(size) or None
         except (OSError, ValueError, OverflowError):
@@ -82,11 +88,6 @@ class BlobStore:
         for path in self._folder.iterdir():
             if path.name not in keep:
                 path.unlink(missing_ok=True)
-
-    def _path(self, digest: str) -> Path:
-        if not _DIGEST.fullmatch(digest):
-            raise StorageError(f"{digest[:80]!r} is not a digest: 64 hexadecimal digits were expected")
-        return self._folder / digest
 
 
 def storage_error(told: str, error: OSError) -> StorageError:

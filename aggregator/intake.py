@@ -17,30 +17,32 @@ Rules (transport.md, sections 1, 5, 8.2, 10)
 
 Transitions of one upload (in this order; the first row that fits)
 ------------------------------------------------------------------
-| state     | event                                      | effects                                       |
-|-----------|--------------------------------------------|-----------------------------------------------|
-| any       | Offered, signature wrong                   | Refuse, Ack rejected bad_signature, Alarm     |
-| any       | Offered, in the ledger with this digest    | Ack accepted                                  |
-| any       | Offered, in the ledger with another digest | Refuse, Ack rejected seq_conflict, Alarm      |
-| any       | Offered, seq at or below the replay floor  | Refuse, Ack rejected round_closed             |
-| any       | Offered, no task of ours for this device   | Refuse, Ack rejected foreign_task             |
-| any       | Offered, task answered                     | Refuse, Ack rejected already_answered         |
-| any       | Offered, phase closed                      | Refuse, Ack rejected round_closed             |
-| any       | Offered, other base                        | Refuse, Ack rejected wrong_base               |
-| any       | Offered, larger than its program may send  | Refuse, Ack rejected too_large                |
-| any       | Offered, chunks do not fit the size        | Refuse, Ack rejected bad_geometry             |
-| any       | Offered, disk or budget full, or too often | Ack wait                                      |
-| UNKNOWN   | Offered                                    | StoreOffer, Ack need(first 32)                |
-| OPEN      | Offered                                    | Ack need(missing)                             |
-| OPEN      | ChunkArrived, as asked                     | StoreChunk; half in: need; all in: Verify     |
-| OPEN      | ChunkArrived, wrong index or length        | counted; the 16th: DropOffer, Refuse, Alarm*  |
-| OPEN      | Ticked: silence                            | Ack need(missing), three times                |
-| OPEN      | Ticked: no chunk for T_reap; PhaseClosed   | DropOffer                                     |
-| VERIFYING | Verified                                   | Accept, Tell UpdateAccepted, Ack accepted     |
-| VERIFYING | VerifyFailed, again, for the first time    | DropParts, Ack need(all)                      |
-| VERIFYING | VerifyFailed                               | DropOffer, Refuse*, Ack rejected bad_content  |
-| VERIFYING | PhaseClosed                                | none: it is finished, and counted by `rounds` |
-| any       | Revoked                                    | DropOffer of each, ClearRetained              |
+| state           | event                                      | effects                                         | next            |
+|-----------------|--------------------------------------------|-------------------------------------------------|-----------------|
+| any             | OfferedUnreadably                          | Refuse, Ack rejected unsupported_version, Alarm | same            |
+| any             | Offered, signature wrong                   | Refuse, Ack rejected bad_signature, Alarm       | same            |
+| any             | Offered, in the ledger with this digest    | Ack accepted                                    | same            |
+| any             | Offered, in the ledger with another digest | Refuse, Ack rejected seq_conflict, Alarm        | same            |
+| any             | Offered, seq at or below the replay floor  | Refuse, Ack rejected round_closed               | same            |
+| any             | Offered, no task of ours for this device   | Refuse, Ack rejected foreign_task               | same            |
+| any             | Offered, task answered                     | Refuse, Ack rejected already_answered           | same            |
+| any             | Offered, phase closed                      | Refuse, Ack rejected round_closed               | same            |
+| any             | Offered, other base                        | Refuse, Ack rejected wrong_base                 | same            |
+| any             | Offered, larger than its program may send  | Refuse, Ack rejected too_large                  | same            |
+| any             | Offered, chunks do not fit the size        | Refuse, Ack rejected bad_geometry               | same            |
+| any             | Offered, disk or budget full, or too often | Ack wait                                        | same            |
+| UNKNOWN         | Restarted, with its offer in the journal   | Verify if it is complete                        | OPEN, VERIFYING |
+| UNKNOWN         | Offered                                    | StoreOffer, Ack need(first 32)                  | OPEN            |
+| OPEN            | Offered                                    | Ack need(missing)                               | same            |
+| OPEN            | ChunkArrived, as asked                     | StoreChunk; half in: need; all in: Verify       | OPEN, VERIFYING |
+| OPEN            | ChunkArrived, wrong index or length        | counted; the 16th: DropOffer, Refuse, Alarm*    | OPEN, REJECTED  |
+| OPEN            | Ticked: silence                            | Ack need(missing), three times                  | same            |
+| OPEN            | Ticked: no chunk for T_reap; PhaseClosed   | DropOffer                                       | UNKNOWN         |
+| VERIFYING       | Verified                                   | Accept, Tell UpdateAccepted, Ack accepted       | ACCEPTED        |
+| VERIFYING       | VerifyFailed, again, for the first time    | DropParts, Ack need(all)                        | OPEN            |
+| VERIFYING       | VerifyFailed                               | DropOffer, Refuse*, Ack rejected bad_content    | REJECTED        |
+| VERIFYING       | PhaseClosed                                | none: it is finished, and counted by `rounds`   | same            |
+| OPEN, VERIFYING | Revoked                                    | DropOffer of each, ClearRetained                | UNKNOWN         |
 
 (*) and Tell Declined: a device forgets what was rejected, so nobody needs to wait for its answer any longer. The same holds
 for every signed offer that is refused while its task is open, unless another upload for the task is under way.
@@ -217,6 +219,15 @@ class Offered(Event):
     recorded: str | None = None  # digest accepted under this seq
     floor: int = 0
     answered: bool = False
+
+
+@dataclass(frozen=True)
+class OfferedUnreadably(Event):
+    """A signed offer of another major version: no more of it can be read than which upload it offers."""
+
+    device: str
+    upload: str
+    detail: str
 
 
 @dataclass(frozen=True)
@@ -483,10 +494,9 @@ def _offered(state: Intake, event: Offered) -> Result:
     is_open = task is not None and task.task == offer.task
     if not (event.signature_ok and is_open and not event.answered and (device, offer.upload) not in state.uploads):
         # Anything but the first offer for an open task is rationed.
-        recent = (*(at for at in state.offers.get(device, ()) if at > event.now - MINUTE), event.now)
-        state = replace(state, offers=_with(state.offers, device, recent[-limits.offers_per_minute - 1 :]))
-        if len(recent) > limits.offers_per_minute:
-            return state, (_wait(offer.upload, device, recent[-limits.offers_per_minute] + MINUTE - event.now),)
+        state, told_to_wait = _ration(state, device, offer.upload, event.now)
+        if told_to_wait:
+            return state, told_to_wait
     if not event.signature_ok:
         detail = "the offer is not signed by this device's key"
         return _reject(state, event, "bad_signature", detail, alarm=True)
@@ -497,7 +507,8 @@ def _offered(state: Intake, event: Offered) -> Result:
         return _reject(state, event, "seq_conflict", detail, alarm=True)
     if offer.seq <= event.floor:
         return _reject(state, event, "round_closed", f"number {offer.seq} is closed since long")
-    if not is_open and not _is_ours(state, device, offer.round, offer.task):
+    settings = rounds.Settings(rounds=0, nonce=state.nonce)
+    if not is_open and not rounds.is_task_of(settings, offer.round, device, offer.task):
         return _reject(state, event, "foreign_task", f"task {offer.task} was not issued here to this device")
     if event.answered:
         return _reject(state, event, "already_answered", f"task {offer.task} has been answered")
@@ -518,11 +529,22 @@ def _offered(state: Intake, event: Offered) -> Result:
     return state, (*effects, *more)
 
 
-def _is_ours(state: Intake, device: str, number: int, task: str) -> bool:
-    """Whether this could be a task that this journal issued: ids are derived, so no list of old ones is
-    kept."""
-    settings = rounds.Settings(rounds=0, nonce=state.nonce)
-    return any(rounds.task_id(settings, number, phase, device) == task for phase in rounds.OPEN)
+def _ration(state: Intake, device: str, upload: str, now: int) -> Result:
+    """Count an offer; what it is answered with if there were too many of this device within a minute."""
+    most = state.limits.offers_per_minute
+    recent = (*(at for at in state.offers.get(device, ()) if at > now - MINUTE), now)
+    state = replace(state, offers=_with(state.offers, device, recent[-most - 1 :]))
+    return state, () if len(recent) <= most else (_wait(upload, device, recent[-most] + MINUTE - now),)
+
+
+def _offered_unreadably(state: Intake, event: OfferedUnreadably) -> Result:
+    key = (event.device, event.upload)
+    state, told_to_wait = _ration(state, *key, event.now)
+    if told_to_wait:
+        return state, told_to_wait
+    reason = "unsupported_version"
+    ack = SendAck(*key, "rejected", reason=reason, detail=event.detail[:64])
+    return state, (Refuse(*key, reason, event.detail), Alarm(reason, event.device, event.detail), ack)
 
 
 def _reject(state: Intake, event: Offered, reason: str, detail: str, *, alarm: bool = False) -> Result:
@@ -751,10 +773,14 @@ def _storage(state: Intake, event: StorageChanged) -> Result:
     return state, effects
 
 
+def may_fetch(state: Intake, device: str, digest: str) -> bool:
+    """Whether a device gets this blob: a model of the open round, or what its own task starts from."""
+    task = state.tasks.get(device)
+    return digest in state.public or (task is not None and task.start == digest)
+
+
 def _fetch(state: Intake, event: FetchAsked) -> Result:
-    task = state.tasks.get(event.device)
-    allowed = event.digest in state.public or (task is not None and task.start == event.digest)
-    if not allowed or event.size is None:
+    if not may_fetch(state, event.device, event.digest) or event.size is None:
         return _ignore(state, "fetch_refused")
     chunks = -(-event.size // state.limits.chunk)
     wanted = [i for first, last in event.ranges for i in range(first, min(last, chunks - 1, first + 64) + 1)]
@@ -844,6 +870,7 @@ HANDLERS: Mapping[type[Event], Callable[[Intake, Any], Result]] = MappingProxyTy
     {
         Restarted: _restarted,
         Offered: _offered,
+        OfferedUnreadably: _offered_unreadably,
         ChunkArrived: _chunk,
         FetchAsked: _fetch,
         StatusSeen: _status,

@@ -107,6 +107,14 @@ KEYS: tuple[Key, ...] = (
         None,
         "The gateway's certificates, as `edgewise devices init-ca` made them; with it every connection is mutual TLS.",
     ),
+    Key(
+        "blobs.port",
+        int,
+        0,
+        "Port at which devices get models above 16 MiB over HTTPS instead of MQTT; 0: none. Needs `security.folder`.",
+        expected="from 0 to 65535",
+        holds=lambda v: 0 <= v <= 65535,
+    ),
     Key("round.quorum", int, None, "Updates that close a phase at once; without it: one of every device.", **_POSITIVE),
     Key("round.minimum", int, 1, "Fewer updates than this at the deadline are not merged.", **_POSITIVE),
     Key("round.deadline_seconds", float, 600.0, "The longest that a round may take.", **_POSITIVE),
@@ -254,6 +262,13 @@ class SecuritySettings:
 
 
 @dataclass(frozen=True)
+class BlobSettings:
+    """`[blobs]`."""
+
+    port: int = 0
+
+
+@dataclass(frozen=True)
 class RoundSettings:
     """`[round]`."""
 
@@ -328,6 +343,7 @@ class Job:
     devices: Devices
     broker: BrokerSettings
     security: SecuritySettings
+    blobs: BlobSettings
     round: RoundSettings
     task: TaskSettings
     assign: AssignSettings
@@ -342,6 +358,7 @@ _TABLES: Mapping[str, type[Any]] = {
     "devices": Devices,
     "broker": BrokerSettings,
     "security": SecuritySettings,
+    "blobs": BlobSettings,
     "round": RoundSettings,
     "task": TaskSettings,
     "assign": AssignSettings,
@@ -399,6 +416,8 @@ def load_job(path: Path) -> Job:
         raise JobError(
             f"{path}: broker.address = {values['broker.address']!r} is beyond this machine: that needs security.folder"
         )
+    if values["blobs.port"] and not secure:
+        raise JobError(f"{path}: blobs.port: who asks is known by a certificate alone: that needs security.folder")
     if url is not None and url.startswith("mqtts://") is not secure:
         raise JobError(f"{path}: broker.url = {url!r}: mqtts:// and security.folder belong together")
     for name in sorted(

@@ -10,7 +10,8 @@ Rules
 4. A ledger row ends in exactly one way: `merged_in` a round, or `set_aside` with a reason. Both are written
    once.
 5. When the disk is full the transaction rolls back and `DiskFullError` is raised: the caller stops accepting
-   and goes on later. Nothing that was accepted is touched.
+   and goes on later. Nothing that was accepted is touched. A disk that fails while it has room is another matter:
+   `StorageError`, which waiting does not mend.
 6. One process per journal: a lock on `journal.lock`, which the kernel lets go when its holder dies.
    `read_status` reads beside a running service and writes nothing.
 """
@@ -22,6 +23,7 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -32,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 from aggregator.blobs import DiskFullError
 from aggregator.intake import OpenUpload, Presence
 from aggregator.rounds import OPEN
-from edge_sdk.errors import EdgewiseError
+from edge_sdk.errors import EdgewiseError, StorageError
 
 if TYPE_CHECKING:
     from aggregator.job import Job
@@ -200,9 +202,7 @@ class Status:
     pending: int
     set_aside: Mapping[str, int]
     refused: Mapping[str, int]
-    # Ledger rows merged more than once: 0 by construction, counted all the same while the whole ledger is there. Once old
-    # rows were compacted (after 1024 updates of a device) there is nothing left to count, and it says 0.
-    duplicated: int
+    duplicated: int  # ledger rows merged more than once: 0 by construction, counted all the same
     history: Sequence[RoundRecord]
     refusals: Sequence[Refusal] = ()  # the newest, oldest first
     trained: int = 0  # of `merged`: updates that went into a candidate
@@ -272,7 +272,9 @@ CREATE TABLE traffic (
 ) WITHOUT ROWID;
 """
 
-_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+MEASURED = "measured"  # fate of a compacted row: a report on a model, merged like a training update (fate "")
+_MERGED = ("", MEASURED)
+_NO_ROOM = 1 << 20  # bytes free, below which an input/output error of SQLite means a full disk
 
 
 class Journal:
@@ -331,12 +333,22 @@ class Journal:
             self._db.execute("COMMIT")
         except sqlite3.Error as error:
             self._rollback()
-            if (getattr(error, "sqlite_errorcode", 0) & 0xFF) in _FULL:
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            # A shared-memory file that cannot grow is reported as an input/output error, not as a full disk.
+            if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR and self._is_full()):
                 raise DiskFullError(f"{self.path}: {error}; free some disk space") from error
+            if code == sqlite3.SQLITE_IOERR:
+                raise StorageError(f"{self.path}: {error}; check the disk and the rights of the folder") from error
             raise
         except BaseException:
             self._rollback()
             raise
+
+    def _is_full(self) -> bool:
+        try:
+            return shutil.disk_usage(self.path.parent).free < _NO_ROOM
+        except OSError:
+            return False
 
     def _rollback(self) -> None:
         if self._db.in_transaction:
@@ -451,7 +463,8 @@ class Journal:
         key = (device, outbox_id, floor)
         self._db.execute(
             "INSERT INTO compacted SELECT round, device, "  # noqa: S608
-            f"CASE WHEN merged_in IS NULL THEN set_aside ELSE '' END, count(*) FROM ledger WHERE {where} "
+            f"CASE WHEN merged_in IS NULL THEN set_aside WHEN phase='train' THEN '' ELSE '{MEASURED}' END, "
+            f"count(*) FROM ledger WHERE {where} "
             "GROUP BY 1, 2, 3 ON CONFLICT (round, device, fate) DO UPDATE SET count=count+excluded.count",
             key,
         )
@@ -502,6 +515,22 @@ class Journal:
             self._db.execute("DELETE FROM evidence WHERE device=? AND task=?", (row.device, row.task))
             if not keep_bodies:
                 self.drop_parts(row.device, row.upload)
+
+    def unmerged_of(self, device: str) -> list[LedgerRow]:
+        """Everything accepted of a device, of any phase, that is neither merged nor set aside."""
+        rows = self._db.execute(
+            "SELECT device, outbox_id, seq, upload, task, round, phase, start, num_examples, metrics, norm "
+            "FROM ledger WHERE device=? AND merged_in IS NULL AND set_aside IS NULL ORDER BY seq, outbox_id",
+            (device,),
+        )
+        return [LedgerRow(*(*row[:9], json.loads(row[9]), row[10])) for row in rows]
+
+    def has_merged(self, device: str, number: int) -> bool:
+        """Whether a training update of a device was merged in a round."""
+        found = self._db.execute(
+            "SELECT 1 FROM ledger WHERE device=? AND merged_in=? AND phase='train'", (device, number)
+        )
+        return found.fetchone() is not None
 
     def row_of_task(self, device: str, task: str) -> LedgerRow | None:
         """The accepted update of a device for a task."""
@@ -759,8 +788,8 @@ def _status(db: sqlite3.Connection, rounds: int, *, running: bool) -> Status:
                 paused=row[4],
                 waiting=row[5],
                 accepted=sum(count for _, count in mine),
-                merged=sum(count for fate, count in mine if fate == ""),
-                set_aside=sum(count for fate, count in mine if fate),
+                merged=sum(count for fate, count in mine if fate in _MERGED),
+                set_aside=sum(count for fate, count in mine if fate and fate not in _MERGED),
                 refused=sum(count for device, _, count in refused if device == row[0]),
                 bytes_up=up,
                 bytes_down=down,
@@ -768,17 +797,17 @@ def _status(db: sqlite3.Connection, rounds: int, *, running: bool) -> Status:
                 reason=told.get(row[0], ("", ""))[1],
             )
         )
-    aside = _sum_by([(fate, count) for _, fate, count in fates if fate])
-    merged = sum(count for _, fate, count in fates if fate == "")
+    aside = _sum_by([(fate, count) for _, fate, count in fates if fate and fate not in _MERGED])
+    merged = sum(count for _, fate, count in fates if fate in _MERGED)
     pending = sum(count for _, fate, count in fates if fate is None)
     answers = [answer for _, answer, *_ in state["tasks"].values()] if state else []
     uncounted = state.get("uncounted", 0) if state else 0
     done = state is not None and state["phase"] == "done" and state["round"] - uncounted >= rounds
     folded = db.execute("SELECT coalesce(sum(json_extract(record, '$.merge.updates')), 0) FROM round").fetchone()[0]
     marked = db.execute(
-        "SELECT (SELECT count(*) FROM ledger WHERE merged_in IS NOT NULL AND phase='train')"
+        "SELECT (SELECT count(*) FROM ledger WHERE merged_in IS NOT NULL AND phase='train') + "
+        "(SELECT coalesce(sum(count), 0) FROM compacted WHERE fate='')"
     ).fetchone()[0]
-    compacted = db.execute("SELECT count(*) FROM floor").fetchone()[0]
     return Status(
         site=meta["site"],
         job=meta["job"],
@@ -805,7 +834,7 @@ def _status(db: sqlite3.Connection, rounds: int, *, running: bool) -> Status:
         # second merge.
         trained=folded,
         measured=merged - folded,
-        duplicated=0 if compacted else max(0, folded - marked),
+        duplicated=max(0, folded - marked),
         history=history,
         refusals=_refusals(db, REFUSALS_SHOWN),
     )

@@ -57,6 +57,7 @@ Transitions (`TRANSITIONS` is the same table as code; open phase = measure, trai
 | any        | UpdateAccepted | of a carried task: counted in the next train         | same                  |
 | any        | UpdateAccepted | its phase is closed: LeaveOut                        | same                  |
 | any        | DeviceSeen     | remembered for the next phase; DeviceLost likewise   | same                  |
+| any        | Discarded      | Discard; its merged update: FinishRound rolled back  | same, wait            |
 | any        | Restarted      | SetDeadline, Merge or Judge once more                | same                  |
 
 (*) round 0 has no `train`: it evaluates the initial model, so that round 1 has something to be compared with.
@@ -217,6 +218,14 @@ class Declined(Event):
 
 
 @dataclass(frozen=True)
+class Discarded(Event):
+    """What a revoked device gave to the open round shall not count. `merged`: the candidate was made with it."""
+
+    device: str
+    merged: bool
+
+
+@dataclass(frozen=True)
 class DeadlinePassed(Event):
     """The timer of the last `SetDeadline` fired."""
 
@@ -335,6 +344,13 @@ class LeaveOut(Effect):
 
 
 @dataclass(frozen=True)
+class Discard(Effect):
+    """Set aside what was accepted of this device and is not merged."""
+
+    device: str
+
+
+@dataclass(frozen=True)
 class FinishRound(Effect):
     """The round is over; `model` is what the next one starts from."""
 
@@ -358,10 +374,20 @@ _PAUSES: Final = 20  # the first pause is this part of a round's deadline ...
 _SHORTEST_PAUSE: Final = 1_000  # ms, or this, if that is more
 
 
-def task_id(settings: Settings, number: int, phase: Phase, device: str) -> str:
-    """The id (hex16) of a device's task: the same after a restart, different in another journal."""
-    text = f"{settings.nonce}/{number}/{phase}/{device}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def task_id(settings: Settings, number: int, phase: Phase, opened: int, device: str) -> str:
+    """The id (hex16) of a device's task in the phase that was opened at `opened` (gateway ms).
+
+    Eleven digits are that moment, so a journal that was put back from a copy and comes to the same round once more does not
+    ask with an id that the device has answered. Five are a proof that no other journal gives: `is_task_of`.
+    """
+    text = f"{settings.nonce}/{number}/{phase}/{opened}/{device}"
+    return f"{opened:011x}"[-11:] + hashlib.sha256(text.encode()).hexdigest()[:5]
+
+
+def is_task_of(settings: Settings, number: int, device: str, task: str) -> bool:
+    """Whether this could be a task of this journal: ids prove it themselves, so no list of old ones is kept."""
+    opened = int(task[:11], 16)
+    return any(task_id(settings, number, phase, opened, device) == task for phase in OPEN)
 
 
 def step(state: Rounds, event: Event) -> Result:
@@ -378,8 +404,12 @@ def step(state: Rounds, event: Event) -> Result:
         answered = replace(state.carried[event.device], answer=Answer.ANSWERED)
         return replace(state, carried=MappingProxyType({**state.carried, event.device: answered})), ()
     elif isinstance(event, Declined) and _is_carried(state, event.device, event.task):
+        if state.carried[event.device].answer is Answer.ANSWERED:
+            return state, ()
         rest = {device: held for device, held in state.carried.items() if device != event.device}
         return replace(state, carried=MappingProxyType(rest)), ()
+    elif isinstance(event, Discarded):
+        return _discarded(state, event)
     elif isinstance(event, Restarted):
         return _resume(state, event)
     handler = TRANSITIONS.get((state.phase, type(event)))
@@ -466,7 +496,7 @@ def _open(state: Rounds, phase: Phase, now: int, closes: int) -> Result:
     kept = state.tasks if phase is Phase.TRAIN else _no_tasks()
     state = replace(state, phase=phase, phase_opened=now, phase_deadline=closes)
     free = sorted(state.online - kept.keys() - _busy(state))
-    ids = {device: task_id(state.settings, state.round, phase, device) for device in free}
+    ids = {device: task_id(state.settings, state.round, phase, now, device) for device in free}
     tasks = {device: TaskState(task, round=state.round, model=_start(state)) for device, task in ids.items()}
     state = replace(state, tasks=MappingProxyType({**kept, **tasks}))
     effects += (_open_effect(state),)
@@ -523,7 +553,7 @@ def _late(state: Rounds, event: Event) -> Result:
     assert isinstance(event, DeviceSeen)
     if event.device in state.tasks or event.device in _busy(state) or not _has_room(state, event.now):
         return state, ()
-    task = task_id(state.settings, state.round, state.phase, event.device)
+    task = task_id(state.settings, state.round, state.phase, state.phase_opened, event.device)
     tasks = {**state.tasks, event.device: TaskState(task, round=state.round, model=_start(state))}
     state = replace(state, tasks=MappingProxyType(tasks))
     issued = MappingProxyType({event.device: task})
@@ -542,6 +572,25 @@ def _declined(state: Rounds, event: Event) -> Result:
     if state.tasks[event.device].answer is not Answer.ISSUED:
         return state, ()
     return _close_if_enough(_with_answer(state, event.device, Answer.DECLINED, event.reason), event.now)
+
+
+def _discarded(state: Rounds, event: Discarded) -> Result:
+    effects: Effects = (Discard(event.device),)
+    carried = {device: held for device, held in state.carried.items() if device != event.device}
+    state = replace(state, carried=MappingProxyType(carried))
+    if event.merged and state.phase in (Phase.EVALUATE, Phase.JUDGE) and state.round > 0:
+        if state.phase is Phase.EVALUATE:
+            effects += (ClosePhase(state.round, state.phase, frozenset(_busy(state))),)
+            effects += (
+                WithdrawTasks(tuple(sorted(state.tasks))),
+                SetAside(state.round, state.phase, "round_discarded"),
+            )
+        reason = f"the candidate was made with an update of {event.device}, which was revoked"
+        return _finish(state, event.now, Outcome.ROLLED_BACK, reason, effects)
+    if state.phase in OPEN and event.device in state.tasks:
+        state, closed = _close_if_enough(_with_answer(state, event.device, Answer.DECLINED, "revoked"), event.now)
+        return state, (*effects, *closed)
+    return state, effects
 
 
 def _with_answer(state: Rounds, device: str, answer: Answer, reason: str) -> Rounds:

@@ -13,6 +13,7 @@ storage, as a damaged model, does not mend itself: it ends `run`.
 from __future__ import annotations
 
 import base64
+import datetime as dt
 import json
 import logging
 import queue
@@ -32,10 +33,12 @@ from typing import Any, Final
 from aggregator import fold, intake, rounds
 from aggregator.assign import Question, Worked
 from aggregator.assign.uniform import Assignment, assign
+from aggregator.blob_server import BlobServer
 from aggregator.blobs import BlobStore, DiskFullError, storage_error, sync_folder, write_through
 from aggregator.broker import SESSION_EXPIRY, Broker, Security
 from aggregator.job import Job, check_against
 from aggregator.journal import Identity, Journal, LedgerRow, RoundRecord, Status
+from devices.authority import SERVER, AuthorityError, Issued
 from devices.registry import Registry, RegistryError
 from devices.roles import initial_config
 from edge_sdk import faults, wire
@@ -53,6 +56,7 @@ PROGRESS_SECONDS: Final = 0.5
 LINGER_SECONDS: Final = 2.0  # of silence at the end, so that every device hears its last verdict
 LINGER_LIMIT: Final = 15.0
 PROBE_SECONDS: Final = 1.0  # between looks at the disk
+CERTIFICATE_SECONDS: Final = 21_600.0  # between looks at the gateway's certificates
 ACK_EXPIRY, COMMAND_EXPIRY, BLOB_EXPIRY = 300, 60, 60  # seconds (transport.md, section 3)
 MODEL_FILE: Final = "model.safetensors"
 SUMMARY_FILE: Final = "summary.json"
@@ -176,6 +180,7 @@ class Service:
         self._deadline: int | None = None
         self._record: RoundRecord | None = None
         self._traffic: dict[str, list[int]] = {}
+        self._served: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()  # bytes over HTTPS, from its threads
         self._digests: OrderedDict[str, str] = OrderedDict()  # upload -> digest of its last offer
         self._blocked = False  # the disk is full: nothing can be committed
         self._held: dict[str, Message] = {}  # device -> its last status, for when the disk has room again
@@ -184,7 +189,7 @@ class Service:
         self._reconnect_at: float | None = None
         self._subscribed = False
         self._told_down = False  # that there is no connection; said once until there is one
-        self._heard = self._ticked = self._shown = 0.0
+        self._heard = self._ticked = self._shown = self._certificates_at = 0.0
 
     def stop(self) -> None:
         """Ask `run` to end after what it is doing; may be called from any thread or a signal handler."""
@@ -213,6 +218,16 @@ class Service:
             )
             stack.callback(self._link.close)
             self._resume()
+            if job.blobs.port and security is not None:
+                server = BlobServer(
+                    job.broker.address,
+                    job.blobs.port,
+                    security.folder,
+                    find=self._find_blob,
+                    served=lambda device, count: self._served.put((device, count)),
+                )
+                server.start()
+                stack.callback(server.stop)
             self._link.connect()
             self._loop()
             self._flush_traffic(self._rounds.round)
@@ -304,6 +319,7 @@ class Service:
         self._process([*events, rounds.Restarted(now)])
         present = {device for device, presence in self._intake.presence.items() if presence.online}
         self._shut_out(sorted(present - set(self._registry.active)))
+        self._discard(_discarding(self._registry))
 
     def _loop(self) -> None:
         while not self._stopping.is_set() and not self._is_over():
@@ -367,9 +383,9 @@ class Service:
             log.log(logging.WARNING if self._told_down else logging.INFO, "connected to the broker")
             self._told_down = False
             again = self._subscribed
-            if not event.session_present or not self._subscribed:
-                self._attempt(lambda: self._link.subscribe(self._address.aggregator_subscriptions()))
-                self._subscribed = True
+            # Whatever the broker says of a session: it may be one of an attempt whose answer was lost.
+            self._attempt(lambda: self._link.subscribe(self._address.aggregator_subscriptions()))
+            self._subscribed = True
             self._outbox.clear()
             for topic, payload, expires in self._journal.published():
                 self._queue_retained(topic, payload, expires)
@@ -400,15 +416,37 @@ class Service:
                 if self._record is not None and self._record is not saved.record:
                     self._journal.save_round(self._record)
         except DiskFullError as error:
-            self._rounds, self._intake = saved.rounds, saved.intake
-            self._record, self._deadline = saved.record, saved.deadline
-            self._traffic = saved.traffic
+            self._go_back(saved)
             self._block(error)
             self._without_disk(items)
             return False
+        except EdgewiseError:
+            raise
+        except Exception:
+            self._go_back(saved)
+            if len(items) > 1:  # find out which it was
+                done = [self._process([item]) for item in items]
+                return all(done)
+            if not isinstance(items[0], Message):
+                raise  # ours
+            log.exception("a message to %s could not be handled", items[0].topic)
+            return self._spoilt(items[0])
         for effect in out:
             self._carry_out(effect)
         return True
+
+    def _go_back(self, saved: _Saved) -> None:
+        self._rounds, self._intake = saved.rounds, saved.intake
+        self._record, self._deadline = saved.record, saved.deadline
+        self._traffic = saved.traffic
+
+    def _spoilt(self, message: Message) -> bool:
+        """A message that no check refuses and that cannot be handled all the same: it costs its sender, not the job."""
+        parsed = self._address.parse(message.topic)
+        device = "" if parsed is None or parsed.device is None else parsed.device
+        return self._process(
+            [_Alarmed("unhandled_message", device, f"{len(message.payload)} bytes to {message.topic}")]
+        )
 
     def _dispatch(self, item: _Input, out: list[_Outward]) -> None:
         if isinstance(item, Message):
@@ -453,11 +491,17 @@ class Service:
             log.warning("a message of %s was refused: %s", device, error)
         return None
 
-    def _understand_offer(self, device: str, payload: bytes, key: VerifyKey, now: int) -> intake.Offered:
+    def _understand_offer(
+        self, device: str, payload: bytes, key: VerifyKey, now: int
+    ) -> intake.Offered | intake.OfferedUnreadably:
         signed = True
         try:
             offer = wire.decode(wire.Offer, payload, address=self._address, device=device, key=key)
         except wire.WireError as error:
+            upload = wire.upload_of(payload) if error.reason == "unsupported_version" else None
+            if upload is not None:
+                told = f"version {error.found} of the protocol, this gateway speaks {wire.VERSION}"
+                return intake.OfferedUnreadably(now, device, upload, told)
             if error.reason != "bad_signature":
                 raise
             signed = False
@@ -570,6 +614,8 @@ class Service:
                 row = journal.row_of_task(device, task)
                 if row is not None:
                     journal.set_aside([row], reason, keep_bodies=keep)
+            case rounds.Discard(device):
+                journal.set_aside(journal.unmerged_of(device), "revoked", keep_bodies=keep)
             case rounds.FinishRound():
                 self._finish_round(effect)
                 out.append(effect)
@@ -753,8 +799,17 @@ class Service:
         held[0] += up
         held[1] += down
 
+    def _find_blob(self, device: str, digest: str) -> Path | None:
+        """For the threads of the blob server, which read the state as it is at this moment."""
+        if self._registry.key(device) is None or not intake.may_fetch(self._intake, device, digest):
+            return None
+        return self._blobs.path(digest)
+
     def _flush_traffic(self, number: int) -> None:
         """Store the counts and start new ones; the old ones stay as they are, for a transaction that fails goes back to them."""
+        for _ in range(self._served.qsize()):
+            device, count = self._served.get()
+            self._count(device, down=count)
         for device, (up, down) in self._traffic.items():
             self._journal.add_traffic(number, device, up, down)
         self._traffic = {}
@@ -867,6 +922,7 @@ class Service:
                 update_bytes=limits.update_bytes, offers_per_minute=limits.offers_per_minute, norm=limits.norm
             ),
             key=base64.b64decode(self._key.verify_key.text).hex(),
+            blob_port=self._job.blobs.port,
         )
 
     # Heavy work, one piece at a time.
@@ -940,6 +996,9 @@ class Service:
         if self._reconnect_at is not None and now >= self._reconnect_at:
             self._reconnect_at = None
             self._link.connect()
+        if now >= self._certificates_at:
+            self._certificates_at = now + CERTIFICATE_SECONDS
+            self._watch_certificates()
         if now - self._ticked >= PROBE_SECONDS:
             self._ticked = now
             self._watch_disk()
@@ -956,7 +1015,7 @@ class Service:
         if stamp == self._registry_seen or self._blocked:
             return
         self._registry_seen = stamp
-        former = set(self._registry.active)
+        former, discarding = set(self._registry.active), _discarding(self._registry)
         try:
             self._registry = Registry.load(path)
         except RegistryError as error:
@@ -965,12 +1024,36 @@ class Service:
             return
         self._strangers.clear()
         self._shut_out(sorted(former & {name for name in self._registry.ids if self._registry.entries[name].revoked}))
+        self._discard(_discarding(self._registry) - discarding)
 
     def _shut_out(self, devices: Sequence[str]) -> None:
         """Forget what revoked devices have not finished, and clear what the broker retains of theirs."""
         for device in devices:
             log.warning("device %s is revoked: it is heard no more", device)
         self._process([intake.Revoked(self._clock.now(), device) for device in devices])
+
+    def _discard(self, devices: Iterable[str]) -> None:
+        """Take out of the open round what revoked devices gave to it."""
+        for device in sorted(devices):
+            merged = self._journal.has_merged(device, self._rounds.round)
+            self._process([rounds.Discarded(self._clock.now(), device, merged)])
+
+    def _watch_certificates(self) -> None:
+        """Raise an alarm while there is time to renew what the gateway shows to others."""
+        folder = self._job.security.folder
+        if folder is None:
+            return
+        now = dt.datetime.now(dt.UTC)
+        for name in (SERVER, wire.AGGREGATOR):
+            try:
+                held = Issued.read(name, folder / f"{name}.pem")
+            except AuthorityError as error:
+                log.error("%s", error)
+                continue
+            if held.due <= now:
+                told = f"{name}.pem ends at {held.ends.isoformat(timespec='minutes')}: `edgewise devices renew {name}`"
+                log.warning(told)
+                self._process([_Alarmed(f"certificate_{name}", "", told)])
 
     def _watch_disk(self) -> None:
         """Notice a disk that runs full before it is, and one that has room again."""
@@ -1038,6 +1121,10 @@ def _write(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
     except OSError as error:
         raise storage_error(f"{path}: cannot be written ({error.strerror})", error) from error
+
+
+def _discarding(registry: Registry) -> set[str]:
+    return {name for name, entry in registry.entries.items() if entry.revoked and entry.discard_round}
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -17,7 +17,9 @@ from benchmarks.site import Site, end
 GATEWAY, BROKER = "gateway", "broker"
 
 
-def chunked_site(folder: Path, devices: list[str], *, chunks: int = 7, broker: str | None = None, **job: Any) -> Site:
+def chunked_site(
+    folder: Path, devices: list[str], *, chunks: int = 7, broker: str | None = None, tls: bool = False, **job: Any
+) -> Site:
     """A site whose updates take so many chunks of 64 KiB, and whose journal keeps them for the audit."""
     features = (chunks * 65_536 - 8_192) // 12  # three rows of float32
     return Site(
@@ -26,6 +28,7 @@ def chunked_site(folder: Path, devices: list[str], *, chunks: int = 7, broker: s
         features=features,
         samples=24,
         broker=broker,
+        tls=tls,
         job={"task.encoding": "float32", "task.steps": 2, "journal.keep_updates": True, **job},
     )
 

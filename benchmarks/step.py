@@ -1,7 +1,9 @@
 """Training steps on the device's runtime beside torch, ONNX Runtime Training and onnxsim: time, memory, size, exactness.
 
 Every net of `step_models` is built once; then each peer runs in a process of its own (`step_peers`), with one thread, on the
-same batch, tensors, loss and AdamW. The processes take turns, a few steps each, and CPU time per step is the median of the
+same batch, tensors, loss and AdamW. Where the cut is late (scope `layer`) a second process of ours keeps what the frozen part made
+of its samples: `kept ms` is a step of every epoch but the first, and `cached_epoch_ratio` the worst ratio of the two. The
+processes take turns, a few steps each, and CPU time per step is the median of the
 turns; peak memory (VmHWM) is that of a further fresh process. The first loss of every peer must be the same.
 
 Environments: torch runs here; Edgewise in `.venv-device` (`make .venv-device/ready`); the other two, which this benchmark
@@ -55,6 +57,7 @@ COLUMNS = {
     "nodes": "nodes",
     "float_ms": "ours ms",
     "int8_ms": "int8 ms",
+    "kept_ms": "kept ms",
     "torch_ms": "torch ms",
     "orttraining_ms": "ORT-T ms",
     "onnxsim_ms": "onnxsim",
@@ -182,6 +185,7 @@ def _row(net: str, model: StepModel, folder: Path, pythons: Mapping[str, Path], 
     row["time_ratio_torch"] = ratio(row.get("float_ms"), row.get("torch_ms"))
     row["time_ratio_orttraining"] = ratio(row.get("float_ms"), row.get("orttraining_ms"))
     row["int8_over_float"] = ratio(row.get("int8_ms"), row.get("float_ms"))
+    row["cached_epoch_ratio"] = ratio(row.get("kept_ms"), row.get("float_ms"))
     row["memory_ratio_torch"] = ratio(row.get("float_mb"), row.get("torch_mb"))
     return row
 
@@ -215,7 +219,10 @@ def _prepare(
             }
         if "edgewise" in pythons:
             script = str(PEERS / "edgewise.py")
-            peers.append(_Peer(precision, (str(pythons["edgewise"]), script, str(path), batch)))
+            command = (str(pythons["edgewise"]), script, str(path), batch)
+            peers.append(_Peer(precision, command))
+            if precision == "float" and model.scope == "layer":
+                peers.append(_Peer("kept", (*command, "kept")))
     if "torch" in pythons:
         script = str(PEERS / "torch_eager.py")
         peers.append(_Peer("torch", (str(pythons["torch"]), script, net, json.dumps(model.options), batch)))
@@ -286,7 +293,7 @@ def _noted(row: dict[str, Any], peer: _Peer) -> Iterator[None]:
     try:
         yield
     except PeerFailed as failed:
-        if peer.name in ("float", "int8", "torch"):
+        if peer.name in ("float", "int8", "kept", "torch"):
             raise CheckFailed(f"{row['net']}: {peer.name} failed: {failed}") from failed
         row["failed"][peer.name] = str(failed)
 
@@ -365,6 +372,7 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             [row["memory_ratio_torch"] for row in rows if row["memory_ratio_torch"]]
         ),
         "int8_over_float_time_geomean": _geomean([row["int8_over_float"] for row in rows if row["int8_over_float"]]),
+        "cached_epoch_ratio": max((r["cached_epoch_ratio"] for r in rows if r["cached_epoch_ratio"]), default=None),
         "max_gradient_error": max(row["gradient_error"] for row in rows),
         "build_seconds_max": max(row["build_seconds"] for row in rows),
     }

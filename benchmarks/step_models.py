@@ -17,10 +17,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from benchmarks.minilm_net import HEADS, SIZE, TOKENS, WORDS, MiniLm
+
 
 @dataclass(frozen=True)
 class StepModel:
-    """A network: how it is made, the shape of a sample, its loss (`cross_entropy` with `classes`, or `mse`), its scope."""
+    """A network: how it is made, the shape of a sample, its loss (`cross_entropy` with `classes`, or `mse`), its scope.
+
+    With `words` a sample is text: tokens below that number.
+    """
 
     build: Callable[[float], nn.Module]
     shape: tuple[int, ...]
@@ -28,6 +33,7 @@ class StepModel:
     loss: str = "cross_entropy"
     scope: str = "full"
     options: dict[str, Any] = field(default_factory=dict)
+    words: int = 0
 
     def make(self, width: float = 1.0, seed: int = 0) -> nn.Module:
         """The module in evaluation mode, its batch norms at the statistics of the example.
@@ -44,8 +50,11 @@ class StepModel:
         return module.eval()
 
     def example(self, count: int = 16, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """x float32 `[count, *shape]`; y labels, or the input itself where the network is to repeat it."""
+        """x float32 (int64 for text) `[count, *shape]`; y labels, or the input where the network is to repeat it."""
         draw = np.random.default_rng(seed)
+        if self.words:
+            x = draw.integers(1, self.words, (count, *self.shape))
+            return x, draw.integers(0, self.classes, count)
         x = draw.normal(size=(count, *self.shape)).astype(np.float32)
         return x, draw.integers(0, self.classes, count) if self.loss == "cross_entropy" else x
 
@@ -278,10 +287,22 @@ class ConvAutoencoder(nn.Module):
         return functional.hardsigmoid(self.up(self.down(x)))
 
 
+def minilm_of(width: float) -> nn.Module:
+    """all-MiniLM-L6-v2 by its form: what a step costs does not depend on the values of the weights."""
+    return MiniLm(10, HEADS * max(1, round(SIZE // HEADS * width)))
+
+
 _QV: Final = {"rank": 4, "targets": ["*.attention.q", "*.attention.v"]}
 
 STEP_MODELS: Final[dict[str, StepModel]] = {
     "mlp": StepModel(Mlp, (64,)),
+    "mlp_adapter": StepModel(
+        lambda width: nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024)),
+        (1024,),
+        loss="mse",
+        scope="lora",
+        options={"rank": 4, "targets": ["*"]},
+    ),
     "cnn_all": StepModel(Cnn, (3, 32, 32)),
     "cnn_last": StepModel(Cnn, (3, 32, 32), scope="layer", options={"modules": ["features.4.*", "head"]}),
     "depthwise_all": StepModel(depthwise, (3, 32, 32)),
@@ -292,6 +313,9 @@ STEP_MODELS: Final[dict[str, StepModel]] = {
     "vit_all": StepModel(Vit, (3, 32, 32)),
     "vit_lora": StepModel(Vit, (3, 32, 32), scope="lora", options=_QV),
     "vit_layer": StepModel(Vit, (3, 32, 32), scope="layer", options={"modules": ["blocks.3.*"]}),
+    "minilm_lora": StepModel(
+        minilm_of, (TOKENS,), scope="lora", options={"rank": 8, "targets": ["layers.[45].[qv]"]}, words=WORDS
+    ),
     "autoencoder": StepModel(ConvAutoencoder, (1, 28, 28), loss="mse"),
     "tiny_resnet8": StepModel(ResNet8, (3, 32, 32)),
     "tiny_ds_cnn": StepModel(ds_cnn, (1, 49, 10), classes=12),

@@ -112,6 +112,12 @@ class Issued:
     begins: dt.datetime
     ends: dt.datetime
 
+    @classmethod
+    def read(cls, name: str, path: Path) -> Issued:
+        """The certificate in a file. Raises `AuthorityError`."""
+        held = _load_certificate(path)
+        return cls(name, held.serial_number, held.not_valid_before_utc, held.not_valid_after_utc)
+
     @property
     def due(self) -> dt.datetime:
         """When it should be renewed."""
@@ -215,10 +221,7 @@ class Authority:
 
     def issued(self, name: str) -> list[Issued]:
         """All certificates of a name, the one that ends last at the end."""
-        found = []
-        for path in (self.folder.authority / "issued").glob(f"{name}.*.pem"):
-            held = _load_certificate(path)
-            found.append(Issued(name, held.serial_number, held.not_valid_before_utc, held.not_valid_after_utc))
+        found = [Issued.read(name, path) for path in (self.folder.authority / "issued").glob(f"{name}.*.pem")]
         return sorted(found, key=lambda one: (one.ends, one.begins))
 
     def has_issued(self, name: str, serial: int) -> bool:

@@ -2,6 +2,7 @@
 
 `keygen`, `add` and `list --registry` suffice for devices on one machine without TLS. `init-ca`, `enroll`, `revoke`, `renew`
 and `list --ca` keep a site whose every connection is mutual TLS; `request` is for a device that makes its own keys.
+`probe` runs on a device and measures the programs of a bundle there.
 
 Exit codes: 0 done; 3 a wrong id, file or key; 4 the broker does not answer; 5 the broker refuses, and what was begun is undone.
 """
@@ -66,9 +67,23 @@ def register(parser: argparse.ArgumentParser) -> None:
         command.add_argument("--control-key", type=Path, required=True, help="the gateway's public control key")
         command.add_argument("--owner", default="", help="whose device it is (default: its id)")
         command.add_argument("--profile", default="")
+    measure = commands.add_parser(
+        "probe", help="on a device: measure every program of a bundle, and what the device is"
+    )
+    measure.add_argument("bundle", type=Path, metavar="BUNDLE")
+    measure.add_argument("--runs", type=int, default=20, help="of each program, after 5 that warm up")
+    measure.add_argument(
+        "--write", type=Path, metavar="PROFILE.toml", help="write what was measured as a device profile"
+    )
+    measure.add_argument("--name", default="measured", help="of the profile that is written")
+    measure.add_argument("--json", action="store_true", help="print JSON")
+    measure.set_defaults(run=_probe)
     revoke = commands.add_parser("revoke", help="shut a device out for good")
     revoke.add_argument("id")
     revoke.add_argument("--ca", type=Path, required=True)
+    revoke.add_argument(
+        "--discard-round", action="store_true", help="what it gave to the round that is open does not count either"
+    )
     revoke.set_defaults(run=_revoke)
     renew = commands.add_parser("renew", help="a new certificate for a device, or for server, aggregator or enroller")
     renew.add_argument("id")
@@ -202,7 +217,8 @@ def _revoke(args: argparse.Namespace) -> int:
     from devices.authority import Authority
     from devices.enroll import revoke
 
-    return _tell(args, revoke(Authority(args.ca), args.id), f"{args.id} is shut out")
+    result = revoke(Authority(args.ca), args.id, discard_round=args.discard_round)
+    return _tell(args, result, f"{args.id} is shut out")
 
 
 def _renew(args: argparse.Namespace) -> int:
@@ -231,4 +247,23 @@ def _tell(args: argparse.Namespace, result: Result, text: str) -> int:
         print(json.dumps({**asdict(result.operation), "confirmed": result.confirmed}))
     else:
         print(text if result.confirmed else f"{text}; no broker runs yet: it will know of it when the gateway starts")
+    return 0
+
+
+def _probe(args: argparse.Namespace) -> int:
+    from devices.bench import as_profile, probe
+    from edge_sdk.bundle import Bundle
+
+    with Bundle.open(args.bundle) as bundle:
+        found = probe(bundle, runs=args.runs)
+    if args.write is not None:
+        args.write.write_text(as_profile(found, args.name))
+    if args.json:
+        print(json.dumps(found.to_json()))
+        return 0
+    print(f"{found.machine}, {found.arch}, {found.cores} cores, {found.ram_mb} MB; onnxruntime {found.onnxruntime}")
+    print(f"a process with the runtime and no model takes {found.runtime_overhead_mb:.1f} MB")
+    for times in found.programs:
+        predicts = "" if times.predict_ms is None else f", a prediction {times.predict_ms:.3f} ms"
+        print(f"  {times.program}: a step of {times.batch} samples takes {times.step_ms:.3f} ms of CPU time{predicts}")
     return 0

@@ -152,8 +152,10 @@ def enroll(
         return Result(_finish(authority, operation, "enrolled"), confirmed)
 
 
-def revoke(authority: Authority, device: str) -> Result:
+def revoke(authority: Authority, device: str, *, discard_round: bool = False) -> Result:
     """Shut a device out, for good. Raises `EnrolError` for one that never was.
+
+    `discard_round`: what the gateway has accepted of it for the open round is not merged, or not kept if it was.
 
     Raises `BrokerAbsentError` where the broker did not answer: everything else is done then, and the command may be
     repeated; the gateway's own broker needs no more than its next start.
@@ -175,7 +177,9 @@ def revoke(authority: Authority, device: str) -> Result:
         faults.point("V3")
         registry = Registry.load(authority.folder.registry)
         if device in registry.entries:
-            registry.entries[device] = replace(registry.entries[device], revoked=True)
+            entry = registry.entries[device]
+            discard_round = discard_round or entry.discard_round
+            registry.entries[device] = replace(entry, revoked=True, discard_round=discard_round)
             registry.save(authority.folder.registry)
         faults.point("V4")
         if absent is not None:

@@ -32,13 +32,17 @@ def check_id(device: str) -> None:
 
 @dataclass(frozen=True)
 class Entry:
-    """One device. `key` is its public key (`VerifyKey.text`); `owner` defaults to the id."""
+    """One device. `key` is its public key (`VerifyKey.text`); `owner` defaults to the id.
+
+    `discard_round`: what a revoked device gave to the round that was open then is not to count.
+    """
 
     id: str
     key: str
     profile: str = ""
     owner: str = ""
     revoked: bool = False
+    discard_round: bool = False
 
 
 @dataclass
@@ -100,7 +104,7 @@ class Registry:
 
 
 def _entry(row: Any, path: Path) -> Entry:
-    known = {"id": str, "key": str, "profile": str, "owner": str, "revoked": bool}
+    known = {"id": str, "key": str, "profile": str, "owner": str, "revoked": bool, "discard_round": bool}
     if not isinstance(row, Mapping) or not {"id", "key"} <= row.keys() <= known.keys():
         raise RegistryError(
             f"{path}: the entry {str(row)[:80]} must have id, key and no other keys than {', '.join(known)}"

@@ -170,6 +170,7 @@ class Program:
     gradients: str | None = None
     apply: str | None = None
     batch_largest: int | None = None
+    late: tuple[str, ...] = ()
 
     @property
     def accumulates(self) -> bool:
@@ -180,6 +181,11 @@ class Program:
     def reads(self) -> tuple[str, ...]:
         """Every tensor that it trains, accumulates or is given, by table name."""
         return (*self.tensors, *self.constants)
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """All that comes with a start but is no input of a graph, too: constants that are handed over at opening."""
+        return (*self.reads, *self.late)
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -269,8 +275,8 @@ class Bundle:
         )
 
     def starting(self, program: Program) -> tuple[TensorEntry, ...]:
-        """The tensors that `program` starts from: all that it reads but its accumulators."""
-        return tuple(entry for name in program.reads if (entry := self.tensors[name]).kind != "a")
+        """The tensors that `program` starts from: all that it is given but its accumulators."""
+        return tuple(entry for name in program.given if (entry := self.tensors[name]).kind != "a")
 
     def start_limit(self, program: Program) -> int:
         """The most bytes that a file of its starting tensors can have."""
@@ -470,7 +476,7 @@ class _Reader:
         programs = {}
         for row in self._typed(self._content, "programs", list):
             program = self._program(row)
-            unknown = [name for name in program.reads if name not in table]
+            unknown = [name for name in program.given if name not in table]
             if unknown:
                 raise self._error(f"programs.{program.id}.tensors", unknown[0], "a name of the tensor table")
             absent = [n for n in program.graphs if n not in self._content["files"] or not n.endswith(GRAPH_SUFFIX)]
@@ -519,6 +525,7 @@ class _Reader:
             features=self._features(row),
             gradients=row.get("gradients"),
             apply=row.get("apply"),
+            late=tuple(row.get("late", ())),
             batch_largest=self._typed(batch, "largest", int) if "largest" in batch else None,
         )
 

@@ -17,27 +17,29 @@ Rules (transport.md, sections 1, 5, 8.1, 9)
 Three regions. Link: OFFLINE, CONNECTING, ONLINE, STOPPING. Upload, one at a time: IDLE, OFFERED, SENDING, WAITING (HELD
 entries stand aside until a time). Work: NONE, FETCHING, READY, TRAINING.
 
-| state                     | event                      | effects                                            | next             |
-|---------------------------|----------------------------|----------------------------------------------------|------------------|
-| OFFLINE                   | Started, timer `connect`   | Connect                                            | CONNECTING       |
-| CONNECTING                | LinkUp                     | Subscribe, PublishStatus, go on fetching, offer    | ONLINE           |
-| any                       | LinkDown                   | CancelTimer, SetTimer `connect` (full jitter)      | OFFLINE, IDLE    |
-| IDLE                      | OutboxChanged, online      | PublishOffer, SetTimer `verdict`                   | OFFERED          |
-| OFFERED, SENDING, WAITING | Ack need                   | SendChunk for a window, SetTimer `verdict`         | SENDING          |
-| SENDING                   | ChunkSent                  | SendChunk next of the list                         | SENDING, WAITING |
-| any                       | Ack accepted               | DeleteEntry, PublishOffer of the next              | IDLE, OFFERED    |
-| any                       | Ack rejected               | DeleteEntry, or Quarantine, or held                | IDLE, OFFERED    |
-| any                       | Ack wait                   | held for retry_after x U(1, 1.5)                   | IDLE, OFFERED    |
-| any upload                | timer `verdict`            | PublishOffer again, later each time                | OFFERED          |
-| NONE                      | TaskOffered, good          | fetch what is missing                              | FETCHING, READY  |
-| any                       | TaskOffered, refused       | PublishStatus with `declined`                      | same             |
-| FETCHING                  | BlobReady                  |                                                    | READY            |
-| READY                     | synced, gate open          | StartTask, SetTimer `deadline`                     | TRAINING         |
-| TRAINING                  | TaskDone                   | OutboxChanged follows                              | NONE             |
-| TRAINING                  | TaskFailed                 | PublishStatus with `declined`                      | NONE             |
-| TRAINING                  | TaskPostponed              | (the gate says why and when again)                 | READY            |
-| READY, TRAINING           | newer task, cleared, timer `deadline`, `drop_task` | CancelTask                 | NONE             |
-| any                       | Stop                       | PublishStatus stopping, Disconnect, CancelTask     | STOPPING         |
+| state                     | event                                              | effects                                         | next             |
+|---------------------------|----------------------------------------------------|-------------------------------------------------|------------------|
+| OFFLINE                   | Started, timer `connect`                           | Connect                                         | CONNECTING       |
+| CONNECTING, IDLE          | LinkUp                                             | Subscribe, PublishStatus, go on fetching, offer | ONLINE, OFFERED  |
+| any                       | HttpEnded, chunks missing                          | FetchHttp once more, then PublishFetch          | same             |
+| any                       | LinkDown                                           | CancelTimer, SetTimer `connect` (full jitter)   | OFFLINE, IDLE    |
+| IDLE                      | OutboxChanged, flush                               | PublishOffer, SetTimer `verdict`                | OFFERED          |
+| OFFERED, SENDING, WAITING | Ack need                                           | SendChunk for a window, SetTimer `verdict`      | SENDING          |
+| SENDING                   | ChunkSent                                          | SendChunk next of the list                      | SENDING, WAITING |
+| any                       | Ack accepted                                       | DeleteEntry, PublishOffer of the next           | IDLE, OFFERED    |
+| any                       | Ack rejected                                       | DeleteEntry, or Quarantine, or held             | IDLE, OFFERED    |
+| any                       | Ack wait                                           | held for retry_after x U(1, 1.5)                | IDLE, OFFERED    |
+| any upload                | timer `verdict`, `held`                            | PublishOffer again, later each time             | OFFERED          |
+| NONE                      | TaskOffered, good                                  | fetch what is missing                           | FETCHING, READY  |
+| any                       | TaskOffered, refused                               | PublishStatus with `declined`                   | same             |
+| any                       | TaskRepeated, or TaskOffered of an earlier round   | PublishStatus with `declined`                   | same             |
+| FETCHING                  | BlobReady                                          |                                                 | READY            |
+| READY                     | Gate open, sync, last blob                         | StartTask, SetTimer `deadline`                  | TRAINING         |
+| TRAINING                  | TaskDone                                           | OutboxChanged follows                           | NONE             |
+| TRAINING                  | TaskFailed                                         | PublishStatus with `declined`                   | NONE             |
+| TRAINING                  | TaskPostponed                                      | (the gate says why and when again)              | READY            |
+| FETCHING, READY, TRAINING | newer task, cleared, timer `deadline`, `drop_task` | CancelTask                                      | NONE             |
+| any                       | Stop                                               | PublishStatus stopping, Disconnect, CancelTask  | STOPPING         |
 """
 
 from __future__ import annotations
@@ -66,6 +68,8 @@ _LONGEST_WAIT: Final = 600.0
 _STEADY: Final = 10.0  # seconds after which a connection counts as a good one
 _SUSPICIOUS: Final = 3  # connections in a row that did not last
 _FETCH_AGAIN: Final = 4.0
+HTTP_ABOVE: Final = 16 << 20  # bytes; a smaller blob is not worth a connection of its own
+_HTTP_TRIES: Final = 2
 
 
 class LinkState(StrEnum):
@@ -127,6 +131,8 @@ class Blob:
     missing: frozenset[int]
     asked: frozenset[int] = frozenset()
     failures: int = 0
+    by_http: bool = False
+    http_failures: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,6 @@ class Conversation:
     link: LinkState = LinkState.OFFLINE
     connection: int = 0
     up_since: float = 0.0
-    subscribed: bool = False
     attempts: int = 0
     brief: int = 0  # connections in a row that did not last
     draws: int = 0
@@ -153,6 +158,7 @@ class Conversation:
     declined: tuple[str, str] | None = None  # the last task, and why; said with every status until there is another
     start: Blob | None = None  # of the task, while it is missing
     model: Blob | None = None  # to serve with, while it is missing
+    http: bool = False  # whether the gateway serves big blobs over HTTPS, too
     round: int = 0
     opened: int = 0  # gateway ms: when that round was opened; the later one is the newer, whatever their numbers
     paused: Paused = Paused.NONE
@@ -233,6 +239,13 @@ class TaskOffered(Event):
 
 
 @dataclass(frozen=True)
+class TaskRepeated(Event):
+    """A signed task that was done and answered before: the gateway has forgotten the answer, or it is an old message."""
+
+    task: str
+
+
+@dataclass(frozen=True)
 class TaskCleared(Event):
     """The retained task was withdrawn."""
 
@@ -258,6 +271,20 @@ class BlobFailed(Event):
 
     digest: str
     chunks: int
+
+
+@dataclass(frozen=True)
+class HttpOffered(Event):
+    """Whether the gateway serves big blobs over HTTPS."""
+
+    available: bool
+
+
+@dataclass(frozen=True)
+class HttpEnded(Event):
+    """No more chunks of this blob come over HTTPS, whether all came or not."""
+
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -358,6 +385,15 @@ class PublishFetch(Effect):
     """Ask for chunks of a blob: inclusive ranges."""
 
     digest: str
+    ranges: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class FetchHttp(Effect):
+    """Fetch these chunks (inclusive ranges) over HTTPS; ends in `HttpEnded`."""
+
+    digest: str
+    size: int
     ranges: tuple[tuple[int, int], ...]
 
 
@@ -491,9 +527,8 @@ def _link_up(state: Conversation, event: LinkUp) -> Result:
     window = max(1, min(WINDOW, event.receive_max))
     state = replace(state, link=LinkState.ONLINE, up_since=event.now, window=window, reported=len(state.queue))
     effects: Effects = (Notify("online"),)
-    if not event.session_present or not state.subscribed:  # a new process has not seen the retained messages
-        effects += (Subscribe(),)
-        state = replace(state, subscribed=True)
+    # Whatever the broker says of a session: it may be one of an attempt whose answer was lost, before any subscription.
+    effects += (Subscribe(),)
     effects += (PublishStatus(State.ONLINE, state.declined),)
     state, more = _fetch(state, event.now)
     state, offered = _offer_next(state, event.now)
@@ -515,7 +550,7 @@ def _link_down(state: Conversation, event: LinkDown) -> Result:
         start=_unasked(state.start),
         model=_unasked(state.model),
     )
-    longest = 5.0 if was_up and attempts == 0 else min(60.0, 2.0**attempts)
+    longest = 5.0 if was_up and attempts == 0 else min(60.0, 2.0 ** min(attempts, 6))
     state, delay = _draw(state, 0.0, longest)
     effects: Effects = (CancelTimer("verdict"), CancelTimer("fetch"), CancelTimer("held"))
     effects += (SetTimer("connect", delay), Notify("offline", event.reason))
@@ -663,7 +698,7 @@ def _reoffer(state: Conversation, now: float) -> Result:
 def _round(state: Conversation, event: RoundSeen) -> Result:
     if event.opened < state.opened:
         return _ignore(state, "old_round")
-    state = replace(state, round=event.round, opened=event.opened, model=event.model)
+    state = replace(state, round=event.round, opened=event.opened, model=_known(state, event.model))
     effects: Effects = ()
     if state.task is not None and state.task.now < event.opened:
         state, effects = _drop(state)
@@ -676,17 +711,29 @@ def _task(state: Conversation, event: TaskOffered) -> Result:
     if state.task is not None and state.task.task == task.task:
         return _ignore(state, "same_task")
     late = state.synced and state.gateway_now(event.now) * 1000 >= task.deadline
-    if task.now < state.opened or late:
+    if task.now < state.opened:
+        state, _ = _ignore(state, "old_task")
+        return _tell_gone(state, task.task, "of an earlier round")
+    if late:
         return _ignore(state, "old_task")
     state, effects = _drop(state)
     if event.refusal is not None:
         state, told = _decline(state, task.task, event.refusal)
         return state, (*effects, *told)
     work = Work.READY if event.start is None else Work.FETCHING
-    state = replace(state, task=task, work=work, start=event.start, declined=None)
+    state = replace(state, task=task, work=work, start=_known(state, event.start), declined=None)
     state, more = _fetch(state, event.now)
     state, begun = _begin(state, event.now)
     return state, (*effects, *more, *begun)
+
+
+def _repeated(state: Conversation, event: TaskRepeated) -> Result:
+    return _tell_gone(state, event.task, "answered before")
+
+
+def _tell_gone(state: Conversation, task: str, why: str) -> Result:
+    """Nobody will do this task. It matters where the gateway was put back from a copy, and waits for it."""
+    return state, (PublishStatus(State.ONLINE, (task, why)),) if state.link is LinkState.ONLINE else ()
 
 
 def _cleared(state: Conversation, _event: TaskCleared) -> Result:
@@ -757,10 +804,34 @@ def _fetch(state: Conversation, now: float) -> Result:
     blob = state.start or state.model
     if blob is None or state.link is not LinkState.ONLINE:
         return state, ()
+    if blob.by_http:
+        return state, ()
+    if state.http and blob.missing and blob.size > HTTP_ABOVE and blob.http_failures < _HTTP_TRIES:
+        state = _with_blob(state, replace(blob, by_http=True, asked=frozenset()))
+        return state, (CancelTimer("fetch"), FetchHttp(blob.digest, blob.size, _ranges(sorted(blob.missing))))
     waiting = blob.asked & blob.missing
     if not blob.missing or 2 * len(waiting) > len(blob.asked):
         return state, ()
     return _ask(state, blob, now)
+
+
+def _known(state: Conversation, blob: Blob | None) -> Blob | None:
+    """A blob as it is being fetched already, if it is."""
+    if blob is None:
+        return None
+    return next((held for held in (state.start, state.model) if held is not None and held.digest == blob.digest), blob)
+
+
+def _http_offered(state: Conversation, event: HttpOffered) -> Result:
+    return replace(state, http=event.available), ()
+
+
+def _http_ended(state: Conversation, event: HttpEnded) -> Result:
+    blob = next((b for b in (state.start, state.model) if b is not None and b.digest == event.digest), None)
+    if blob is None or not blob.by_http:
+        return _ignore(state, "http_ended")
+    failures = blob.http_failures + bool(blob.missing)
+    return _fetch(_with_blob(state, replace(blob, by_http=False, http_failures=failures)), event.now)
 
 
 def _ask(state: Conversation, blob: Blob, _now: float) -> Result:
@@ -778,7 +849,7 @@ def _with_blob(state: Conversation, blob: Blob) -> Conversation:
 
 
 def _ranges(indexes: list[int]) -> tuple[tuple[int, int], ...]:
-    """At most eight inclusive ranges."""
+    """Rising indexes as inclusive ranges."""
     ranges: list[list[int]] = []
     for index in indexes:
         if ranges and ranges[-1][1] == index - 1:
@@ -814,7 +885,8 @@ def _blob_failed(state: Conversation, event: BlobFailed) -> Result:
     if blob is None:
         return _ignore(state, "blob_failed")
     if blob.failures == 0:
-        fresh = Blob(blob.digest, blob.size, frozenset(range(event.chunks)), failures=1)
+        everything = frozenset(range(event.chunks))
+        fresh = Blob(blob.digest, blob.size, everything, failures=1, http_failures=_HTTP_TRIES)
         return _fetch(_with_blob(state, fresh), event.now)
     told = Notify("fetch_failed", event.digest)
     if state.task is not None and state.start is not None and state.start.digest == event.digest:
@@ -874,7 +946,7 @@ def _timer(state: Conversation, event: TimerFired) -> Result:
             return _offer_next(state, event.now)
         case "fetch":
             blob = state.start or state.model
-            if blob is not None and blob.missing and state.link is LinkState.ONLINE:
+            if blob is not None and blob.missing and not blob.by_http and state.link is LinkState.ONLINE:
                 return _ask(state, blob, event.now)
         case "deadline" if state.task is not None:
             state, effects = _drop(state)
@@ -901,10 +973,13 @@ HANDLERS: Final[Mapping[type[Event], Callable[[Conversation, Any], Result]]] = M
         CommandReceived: _command,
         RoundSeen: _round,
         TaskOffered: _task,
+        TaskRepeated: _repeated,
         TaskCleared: _cleared,
         BlobChunk: _blob_chunk,
         BlobReady: _blob_ready,
         BlobFailed: _blob_failed,
+        HttpOffered: _http_offered,
+        HttpEnded: _http_ended,
         ChunkSent: _chunk_sent,
         OutboxChanged: _outbox_changed,
         TaskDone: _task_done,

@@ -24,15 +24,17 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from edge_sdk import __version__, faults, wire
 from edge_sdk import conversation as talk
+from edge_sdk.blob_http import fetch_chunks
 from edge_sdk.bundle import Bundle, Program
 from edge_sdk.config import DeviceConfig
 from edge_sdk.downloads import Downloads
@@ -157,6 +159,9 @@ class EdgeDevice:
         self._timer_ids: dict[str, int] = {}
         self._numbers = itertools.count()
         self._sent: dict[int, tuple[str, int]] = {}  # mid -> the chunk it carries
+        self._blob_port = 0
+        self._http: dict[str, _Stream] = {}  # digest -> the blob that comes over HTTPS
+        self._http_received = 0  # bytes
         self._state = talk.Conversation(boot=secrets.token_hex(8), seed=secrets.randbits(53))
         self._blob_sizes: dict[str, int] = {}
         self._serve: str | None = None  # digest of the model to serve with, once it is here
@@ -164,6 +169,9 @@ class EdgeDevice:
         self._shift: _Shift | None = None  # of the last start
         self._app_pause = threading.Event()  # two wishes, each taken back only by whoever made it
         self._gateway_pause = threading.Event()
+        if self._outbox.meta("paused"):  # the gateway's holds until the gateway ends it, over any restart
+            self._gateway_pause.set()
+            self._state = replace(self._state, paused=Paused.USER)
         self._progress = (0, 0)
         self._refused = 0
         self._closed = False
@@ -311,7 +319,7 @@ class EdgeDevice:
             updates_rejected=waiting.rejected,
             updates_dropped=waiting.dropped,
             bytes_up=self._link.bytes_sent,
-            bytes_down=self._link.bytes_received,
+            bytes_down=self._link.bytes_received + self._http_received,
             temperature=hottest_zone(self._thermal_zones),
             refused_messages=self._refused,
         )
@@ -337,6 +345,8 @@ class EdgeDevice:
 
     def _run(self, shift: _Shift) -> None:
         self._converse()
+        for stream in self._http.values():
+            stream.over.set()
         self._link.close()
         self._leave(shift)
 
@@ -350,11 +360,11 @@ class EdgeDevice:
 
     def _converse(self) -> None:
         while True:
+            self._guarded(self._fire)  # also while events never cease
             timeout = max(0.0, self._timers[0][0] - _now()) if self._timers else None
             try:
                 event = self._events.get(timeout=timeout)
             except queue.Empty:
-                self._guarded(self._fire)
                 continue
             if event is None:
                 return
@@ -385,6 +395,8 @@ class EdgeDevice:
                     self._advance(talk.ChunkSent(_now(), *chunk))
                     if self._state.upload is not None and self._state.upload.stage is talk.Stage.WAITING:
                         faults.point("D5")
+            case _Streamed():
+                self._streamed(event)
             case _Look():
                 self._set_timer("look", _LOOK_AGAIN)
             case _OutboxGrew():
@@ -455,6 +467,10 @@ class EdgeDevice:
             case talk.PublishFetch(name, ranges):
                 fetch = wire.Fetch(**self._common(), digest=name, ranges=ranges)
                 self._publish(self._address.fetch(self.config.id), self._encode(fetch), "fetch", expiry=30)
+            case talk.FetchHttp(name, size, ranges):
+                self._http[name] = stream = _Stream()
+                arguments = (stream, name, size, ranges)
+                threading.Thread(target=self._stream, args=arguments, name="edgewise-http", daemon=True).start()
             case talk.PublishReply(to, ok, detail):
                 reply = wire.Reply(**self._common(), to=to, ok=ok, detail=detail)
                 self._publish(self._address.reply(self.config.id), self._encode(reply), "reply", expiry=60)
@@ -478,8 +494,10 @@ class EdgeDevice:
             case talk.SaveCounter(counter):
                 self._outbox.set_meta("counter", str(counter))
             case talk.SetPaused(paused):
+                self._undone.pop(repr(talk.SetPaused(not paused)), None)
                 (self._gateway_pause.set if paused else self._gateway_pause.clear)()
                 self._look()
+                self._outbox.set_meta("paused", "gateway" if paused else "")
             case talk.SetTimer(name, delay):
                 self._set_timer(name, delay)
             case talk.CancelTimer(name):
@@ -542,6 +560,8 @@ class EdgeDevice:
                 self._round(self._decode(wire.RoundManifest, payload, "*"))
             case "job" if payload:
                 job = self._decode(wire.JobManifest, payload, "*")
+                self._blob_port = job.blob_port
+                self._advance(talk.HttpOffered(now, job.blob_port > 0 and self.config.tls is not None))
                 if job.base != self._bundle.base:
                     detail = f"the job trains base {job.base[:12]}, this bundle has {self._bundle.base[:12]}"
                     self._tell("error", f"{detail}: flash the bundle of the job")
@@ -574,6 +594,8 @@ class EdgeDevice:
 
     def _task(self, task: wire.Task) -> None:
         if self._outbox.task_done(task.task):
+            if all(entry.task != task.task for entry in self._outbox.entries()):
+                self._advance(talk.TaskRepeated(_now(), task.task))
             return
         refusal = self._reason_against(task)
         start = None
@@ -625,6 +647,42 @@ class EdgeDevice:
             self._refuse(f"chunk {parsed.index} of {parsed.digest[:12]} with {len(data)} bytes")
             return
         self._advance(talk.BlobChunk(_now(), parsed.digest, parsed.index))
+
+    def _stream(self, stream: _Stream, name: str, size: int, ranges: tuple[tuple[int, int], ...]) -> None:
+        """The thread that fetches a blob over HTTPS, never more than a window ahead of what is on disk."""
+        host, tls = urlsplit(self.config.broker).hostname, self.config.tls
+        assert host is not None
+        assert tls is not None
+        try:
+            for index, data in fetch_chunks(
+                host,
+                self._blob_port,
+                tls,
+                self._time_floor,
+                digest=name,
+                size=size,
+                ranges=ranges,
+                is_over=stream.over.is_set,
+            ):
+                while not stream.room.acquire(timeout=0.2):
+                    if stream.over.is_set():
+                        return
+                self._put(_Streamed(_now(), name, index, data))
+        except EdgewiseError as error:
+            log.info("%s: %s; going on over MQTT if it happens again", self.config.id, error)
+        except Exception:
+            log.exception("%s: a blob could not be fetched over HTTPS", self.config.id)
+        finally:
+            self._put(talk.HttpEnded(_now(), name))
+
+    def _streamed(self, event: _Streamed) -> None:
+        stream = self._http[event.digest]
+        stream.room.release()
+        self._http_received += len(event.data)
+        if all(b is None or b.digest != event.digest for b in (self._state.start, self._state.model)):
+            stream.over.set()  # nobody needs it any longer
+            return
+        self._chunk(wire.Parsed("blob", digest=event.digest, index=event.index), event.data)
 
     def _verify(self, name: str) -> None:
         if self._downloads.finish(name):
@@ -927,6 +985,23 @@ class EdgeDevice:
 @dataclass(frozen=True)
 class _Look(talk.Event):
     """Look again at what holds training back, after a while."""
+
+
+@dataclass(frozen=True)
+class _Streamed(talk.Event):
+    """A chunk that came over HTTPS."""
+
+    digest: str
+    index: int
+    data: bytes
+
+
+class _Stream:
+    """A blob that comes over HTTPS: room for chunks that are not yet on disk, and whether it is to end."""
+
+    def __init__(self) -> None:
+        self.room = threading.Semaphore(wire.WINDOW)
+        self.over = threading.Event()
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,8 @@ class Link:
         self._max_packet = PACKET
         self._lock = threading.Lock()
         self._unacknowledged: set[int] = set()
+        self._early: set[int] = set()  # acknowledged before `publish` had returned the number
+        self._counting = threading.Lock()
         self._attempt = 0
         self.bytes_sent = 0  # topics and payloads
         self.bytes_received = 0
@@ -176,7 +178,11 @@ class Link:
         if info.rc != mqtt.MQTT_ERR_SUCCESS:
             raise LinkError(f"{self._url}: the message to {topic} was not taken ({mqtt.error_string(info.rc)})")
         if qos:
-            self._unacknowledged.add(info.mid)
+            with self._counting:
+                if info.mid in self._early:
+                    self._early.remove(info.mid)
+                else:
+                    self._unacknowledged.add(info.mid)
         self.bytes_sent += len(topic) + len(payload)
         return int(info.mid)
 
@@ -188,6 +194,11 @@ class Link:
         client = self._client
         if client is not None and message.qos and message.connection == self._attempt:
             client.ack(message.mid, message.qos)
+
+    def _forget(self) -> None:
+        with self._counting:
+            self._unacknowledged.clear()
+            self._early.clear()
 
     def close(self) -> None:
         """As `disconnect`."""
@@ -207,7 +218,7 @@ class Link:
                     return
                 former, self._client = self._client, None
             _end(former)
-            self._unacknowledged.clear()
+            self._forget()
             client, answered, outcome = self._make(version, will, number)
             try:
                 if self._tls is not None:
@@ -279,7 +290,7 @@ class Link:
                     self._client = None
             answered.set()
             if current:
-                self._unacknowledged.clear()
+                self._forget()
                 self._emit(LinkDown(f"{self._url}: {code}"))
 
         def on_message(_client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
@@ -290,7 +301,11 @@ class Link:
         def on_publish(_client: mqtt.Client, _data: Any, mid: int, code: Any, _properties: Any) -> None:
             if code.is_failure:
                 log.warning("%s: a message was refused: %s", self._url, code)
-            self._unacknowledged.discard(mid)
+            with self._counting:
+                if mid in self._unacknowledged:
+                    self._unacknowledged.remove(mid)
+                else:
+                    self._early.add(mid)
             self._emit(Sent(mid, str(code) if code.is_failure else ""))
 
         client.on_connect, client.on_disconnect = on_connect, on_disconnect

@@ -10,7 +10,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +65,9 @@ class Predictor:
     ) -> None:
         if program.infer is None:
             raise TaskError(f"program {program.id!r} only accumulates; it cannot predict")
-        self._session = open_session(bundle.file(program.infer), profile or RuntimeProfile())
+        self._file, self._profile = bundle.file(program.infer), profile or RuntimeProfile()
+        self._late = late_constants(bundle, program, tensors)
+        self._session = open_session(self._file, self._profile, self._late)
         self._fields = {field.name: field for field in bundle.fields}
         self._inputs = [value.name for value in self._session.get_inputs()]
         self._data = [name for name in self._inputs if name.startswith("d.")]
@@ -84,6 +86,9 @@ class Predictor:
 
     def set_tensors(self, tensors: Tensors) -> None:
         """Serve with these tensors (table names) from the next call on. Raises `TaskError` if one is missing or misshapen."""
+        late = late_constants(self._bundle, self._program, tensors)
+        if any((value != self._late[name]).any() for name, value in late.items()):
+            self._session, self._late = open_session(self._file, self._profile, late), late
         self._tensors = _by_graph_name(self._bundle, self._program, tensors, self._inputs)
 
     def predict(self, x: Array | Mapping[str, Array]) -> Array | dict[str, Array]:
@@ -128,7 +133,8 @@ class Stepper:
         self._draws, self._seed = Draws(seed, "variant"), seed
         self._odds = [variant.weight for variant in program.step]
         self._prefix = Prefix(bundle, program, self._profile, seed) if program.prefix else None
-        sessions = [open_session(bundle.file(variant.file), self._profile) for variant in program.step]
+        self._late = late_constants(bundle, program, start)
+        sessions = [open_session(bundle.file(variant.file), self._profile, self._late) for variant in program.step]
         self._check_signatures(sessions)
         inputs = {name: (kind, shape) for name, kind, shape in inputs_of(sessions[0])}
         read = [*inputs, *(name for name, _, _ in self._prefix.inputs)] if self._prefix else list(inputs)
@@ -513,10 +519,23 @@ class _Halves:
     apply: list[onnxruntime.IOBinding]
 
 
+def late_constants(bundle: Bundle, program: Program, tensors: Tensors) -> dict[str, Array]:
+    """What a program's graphs are opened with, by graph name, as copies. Raises `TaskError`."""
+    wanted = {name: bundle.tensors[name].graph_name for name in program.late}
+    checked = _checked_tensors(bundle, program, tensors, program.late, list(wanted.values()))
+    return {name: np.array(value, order="C") for name, value in checked.items()}
+
+
 def _by_graph_name(bundle: Bundle, program: Program, tensors: Tensors, wanted: list[str]) -> dict[str, Array]:
     """Tensors by table name -> by graph name, each checked against the table; only those that are wanted."""
+    return _checked_tensors(bundle, program, tensors, program.reads, wanted)
+
+
+def _checked_tensors(
+    bundle: Bundle, program: Program, tensors: Tensors, names: Sequence[str], wanted: list[str]
+) -> dict[str, Array]:
     found = {}
-    for name in program.reads:
+    for name in names:
         entry = bundle.tensors[name]
         if entry.kind == "a" or entry.graph_name not in wanted:
             continue

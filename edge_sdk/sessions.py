@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -51,8 +52,14 @@ class RuntimeProfile:
     memory_bytes: int | None = None
 
 
-def open_session(path: Path, profile: RuntimeProfile) -> onnxruntime.InferenceSession:
-    """An inference session on the CPU. Raises `BundleError` when the graph breaks a rule of ours, or the runtime refuses it."""
+def open_session(
+    path: Path, profile: RuntimeProfile, late: Mapping[str, Array] | None = None
+) -> onnxruntime.InferenceSession:
+    """An inference session on the CPU. Raises `BundleError` when the graph breaks a rule of ours, or the runtime refuses it.
+
+    `late`: values for constants of the graph instead of those in the weight file, by name. They are constants to the
+    runtime, which chooses its kernels by them; their memory must outlive the session.
+    """
     check_graph(path, WEIGHTS)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = profile.threads
@@ -67,6 +74,8 @@ def open_session(path: Path, profile: RuntimeProfile) -> onnxruntime.InferenceSe
         options.add_session_config_entry("session.use_env_allocators", "1")
     if not profile.prepacking:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if late:
+        options.add_external_initializers(list(late), [shared(value) for value in late.values()])
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:

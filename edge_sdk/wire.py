@@ -219,6 +219,7 @@ class JobManifest(Message):
     programs: tuple[str, ...] = _each(_text(64), 256)
     limits: Limits
     key: str = _value(_hex(64))
+    blob_port: int = _value(_whole(65_535), default=0)  # of the broker's host, for big blobs over HTTPS; 0: none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -615,6 +616,17 @@ def decode(kind: type[M], data: bytes, *, address: Address, device: str = "*", k
     if isinstance(message, Ack) and message.final and key is not None and not good:
         raise WireError("bad_signature", kind.KIND, f"{len(signature)} bytes", "a signature of the key that is pinned")
     return message
+
+
+def upload_of(data: bytes) -> str | None:
+    """Which upload an offer names that is of another major version and cannot be read; None if it names none."""
+    if len(data) > Offer.LIMIT + 1 + _SIGNATURE_TEXT:
+        return None
+    try:
+        name = _parse_json(data.partition(b"\n")[0]).get("upload")
+    except WireError:
+        return None
+    return name if isinstance(name, str) and _UPLOAD.fullmatch(name) else None
 
 
 def _is_signed(message: Message) -> bool:

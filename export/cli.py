@@ -1,7 +1,8 @@
-"""`edgewise export build SPEC -o model.bundle` and `edgewise export check MODEL --train GLOB`.
+"""`edgewise export build SPEC -o model.bundle`, `quantize SPEC -o model.onnx`, `check MODEL --train GLOB`; and what was
+trained, out of a bundle again: `merge` into the float weights, `peft` as an adapter.
 
 Exit codes: 0 written, or it can train; 3 the specification or the model is wrong, or it cannot train; 5 the proof of a
-step graph failed (nothing is written).
+step graph failed; 6 a gate of the quantized model failed (docs/quantization.md). Nothing is written but with 0.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from edge_sdk.keys import SigningKey
 
 
 def register(parser: argparse.ArgumentParser) -> None:
-    """Add `build` and `check`."""
+    """Add `build`, `quantize`, `check`, `merge` and `peft`."""
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     build = commands.add_parser("build", help="make a bundle from a model, a loss and an example batch")
     build.add_argument(
@@ -25,6 +26,13 @@ def register(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--key", type=Path, help="the private release key that signs it")
     build.add_argument("--json", action="store_true", help="print the report as JSON")
     build.set_defaults(run=_build)
+    quantize = commands.add_parser("quantize", help="make an integer ONNX file of a model, if it passes the gates")
+    quantize.add_argument("spec", type=Path, metavar="SPEC", help="the export specification; its [deploy] says how")
+    quantize.add_argument("-o", "--output", type=Path, required=True, help="the ONNX file to write")
+    quantize.add_argument("--bits", type=int, help="of weights, 2 to 8")
+    quantize.add_argument("--allow", action="append", default=[], metavar="GATE", help="a gate that may fail")
+    quantize.add_argument("--json", action="store_true", help="print the report as JSON")
+    quantize.set_defaults(run=_quantize)
     check = commands.add_parser(
         "check", help="say whether an ONNX model can train, at what cost, or what is in the way"
     )
@@ -33,6 +41,21 @@ def register(parser: argparse.ArgumentParser) -> None:
     check.add_argument("--loss", help="cross_entropy or mse; by default what suits the output")
     check.add_argument("--json", action="store_true", help="print the answer as JSON")
     check.set_defaults(run=_check)
+    merge = commands.add_parser("merge", help="add trained adapters to the float weights they were trained over")
+    merge.add_argument("-o", "--output", type=Path, required=True, help="the safetensors file to write")
+    merge.set_defaults(run=_merge)
+    peft = commands.add_parser("peft", help="write trained adapters in the format of the PEFT library")
+    peft.add_argument("-o", "--output", type=Path, required=True, help="the folder to write")
+    peft.add_argument("--base-model", default="", metavar="NAME", help="what the adapter's settings call its base")
+    peft.set_defaults(run=_peft)
+    for command in (merge, peft):
+        command.add_argument("bundle", type=Path, metavar="BUNDLE", help="the bundle that was trained")
+        command.add_argument(
+            "--model", type=Path, required=True, help="the gateway's model.safetensors, or any of its shape"
+        )
+        command.add_argument(
+            "--master", type=Path, required=True, help="the float weights of the torch module (safetensors)"
+        )
 
 
 def _build(args: argparse.Namespace) -> int:
@@ -56,6 +79,31 @@ def _build(args: argparse.Namespace) -> int:
     return 0
 
 
+def _quantize(args: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from export.spec import load_spec, quantize_spec, with_deploy
+
+    given = {"bits": args.bits} if args.bits is not None else {}
+    spec = load_spec(args.spec)
+    allowed = [*(spec.deploy or {}).get("allow", ()), *args.allow]
+    spec = replace(spec, deploy=with_deploy(spec, {**given, "allow": allowed}))
+    report = quantize_spec(spec, args.output, on_progress=lambda text: print(text, file=sys.stderr, flush=True))
+    if args.json:
+        print(json.dumps(report.to_json()))
+        return 0
+    size = report.integer_bytes if report.ships == "integer" else report.float_bytes
+    print(f"{args.output}: {report.ships} ships, {size} bytes ({report.float_bytes} in float); {report.reason}")
+    print(f"  score {report.integer_score:.4f}, in float {report.float_score:.4f}; by {', '.join(report.method)}")
+    print(
+        f"  {report.integer_kernels} integer kernels, {len(report.float_kernels)} float ones; CPU time "
+        f"{report.integer_cpu_us:.0f} us against {report.float_cpu_us:.0f} us on {report.machine}"
+    )
+    for violation in report.violations:
+        print(f"  {violation.gate}: {violation.finding}; {violation.advice}")
+    return 0
+
+
 def _check(args: argparse.Namespace) -> int:
     from export.check import check_model
 
@@ -74,4 +122,30 @@ def _check(args: argparse.Namespace) -> int:
         print(found.problem)
         return 3
     print(f"backward: {found.backward_flops} operations per sample")
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from edge_sdk.bundle import Bundle
+    from export.adapters import merged, program_of, read_tensors, write_tensors
+
+    tensors, master = read_tensors(args.model), read_tensors(args.master)
+    with Bundle.open(args.bundle) as bundle:
+        program = program_of(bundle, tensors)
+        found = merged(bundle, program, tensors, master)
+    write_tensors(found, args.output)
+    changed = sum(not (found[name] == master[name]).all() for name in master)
+    print(f"{args.output}: {changed} of {len(found)} tensors changed by {program.id}")
+    return 0
+
+
+def _peft(args: argparse.Namespace) -> int:
+    from edge_sdk.bundle import Bundle
+    from export.adapters import program_of, read_tensors, write_peft
+
+    tensors, master = read_tensors(args.model), read_tensors(args.master)
+    with Bundle.open(args.bundle) as bundle:
+        program = program_of(bundle, tensors)
+        write_peft(bundle, program, tensors, master, args.output, args.base_model)
+    print(f"{args.output}: adapter_config.json and adapter_model.safetensors of {program.id}")
     return 0

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from edge_sdk.tensors import Array
 from export.gradients import Path, UnsupportedAttribute, path_between, rules
 from export.graph import IR_VERSION, Builder, array_of, attribute, dims, given, reshaped, static
+from export.rules.normalization import inverse_deviation
 from export.rules.windows import Window, window_of
 from export.shapes import infer_shapes
 
@@ -42,6 +43,9 @@ def decompose(builder: Builder, loss: ir.Value, wrt: Iterable[ir.Value]) -> None
     trained, model = list(wrt), ir.Model(builder.graph, ir_version=IR_VERSION)
     refused: set[ir.Node] = set()
     infer_shapes(model)
+    if _fold_norms(builder, path_between(builder.graph, trained, loss)):
+        builder.graph.sort()
+        infer_shapes(model)
     while True:
         path = path_between(builder.graph, trained, loss)
         waiting = [
@@ -68,6 +72,49 @@ def _is_compound(node: ir.Node, path: Path) -> bool:
         or (node.op_type == "BatchNormalization" and bool(attribute(node, "training_mode", 0)))
         or (node.op_type in ("Max", "Min") and len(node.inputs) != 2)
         or (node.op_type == "Conv" and node.inputs[1] in path.relevant)
+    )
+
+
+def _fold_norms(b: Builder, path: Path) -> bool:
+    """Let a convolution do what the inference-form norm behind it does: three passes over the map less in each direction.
+
+        norm(conv(x, w) + bias) = conv(x, w a) + (bias - mean) a + beta,    a = gamma / sqrt(variance + epsilon)
+
+    a stays part of the graph, so that w, gamma and beta may each be trained. A weight that is computed (as those of an
+    integer base are) keeps its norm. Says whether there was such a pair.
+    """
+    folded = False
+    for norm in path.nodes:
+        conv = (
+            norm.inputs[0].producer() if norm.op_type == "BatchNormalization" and norm.inputs[0] is not None else None
+        )
+        if conv is None or not _takes_norm(b, conv, norm):
+            continue
+        gamma, beta, mean = (given(norm, index) for index in range(1, 4))
+        weight = given(conv, 1)
+        b.scope = str(norm.name)
+        a = b.op("Mul", gamma, inverse_deviation(b, norm))
+        scaled = b.op("Mul", weight, b.op("Reshape", a, b.ints(-1, *[1] * (len(dims(weight)) - 1))))
+        bias = conv.inputs[2] if len(conv.inputs) > 2 else None
+        centred = b.op("Neg", mean) if bias is None else b.op("Sub", bias, mean)
+        moved = b.op("Add", b.op("Mul", centred, a), beta)
+        kept = {str(held.name): held.value for held in conv.attributes.values()}
+        y = b.op("Conv", given(conv, 0), scaled, moved, **kept)
+        _replace(b, norm, [y])
+        b.graph.remove(conv, safe=True)
+        folded = True
+    return folded
+
+
+def _takes_norm(b: Builder, conv: ir.Node, norm: ir.Node) -> bool:
+    """A convolution with a given weight whose only reader is a norm in inference form."""
+    y = conv.outputs[0]
+    return (
+        conv.op_type == "Conv"
+        and given(conv, 1).producer() is None
+        and len(list(y.uses())) == 1
+        and y not in b.graph.outputs
+        and not attribute(norm, "training_mode", 0)
     )
 
 
@@ -346,15 +393,16 @@ def _turned(b: Builder, node: ir.Node, window: Window) -> ir.Value:
     """Height and width exchanged before, and again behind."""
     turn = [0, 1, 3, 2]
     x, w = (b.op("Transpose", given(node, index), perm=turn) for index in (0, 1))
+    turned = window.turned
     y = b.op(
         "Conv",
         x,
         w,
         *list(node.inputs)[2:],
         group=attribute(node, "group"),
-        strides=list(window.strides[::-1]),
-        pads=[*window.begins[::-1], *window.ends[::-1]],
-        dilations=list(window.dilations[::-1]),
+        strides=list(turned.strides),
+        pads=list(turned.pads),
+        dilations=list(turned.dilations),
     )
     return b.op("Transpose", y, perm=turn)
 

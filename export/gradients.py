@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from export.errors import DisconnectedTrainable, Finding, NoGradientRule, NotDifferentiable, UnknownShape
-from export.graph import Builder, Dims, dims
+from export.graph import Builder, Dims, array_of, attribute, dims, given
 
 log = logging.getLogger(__name__)
 
@@ -198,11 +198,50 @@ def _total(builder: Builder, contributions: dict[ir.Value, list[ir.Value]], valu
     parts = contributions.get(value)
     if parts is None:
         return None
-    total = parts[-1]
-    for part in reversed(parts[:-1]):
-        total = builder.op("Add", total, part)
+    last_first = parts[::-1]
+    total = _over_all_rows(builder, last_first)
+    if total is None:
+        total = last_first[0]
+        for part in last_first[1:]:
+            total = builder.op("Add", total, part)
     contributions[value] = [total]
     return total
+
+
+def _over_all_rows(builder: Builder, parts: Sequence[ir.Value]) -> ir.Value | None:
+    """The sum of many products A^T B, or of many sums over the first axis, as one over all their rows; None for others.
+
+    A weight that is used step after step, as in a recurrent layer, has one for each step.
+    """
+    makers = [part.producer() for part in parts]
+    first = makers[0]
+    if len(parts) < _MANY or first is None:
+        return None
+    kind = _row_sum(first)
+    if kind is None or any(maker is None or _row_sum(maker) != kind for maker in makers):
+        return None
+    stacked = [
+        builder.op("Concat", *(maker.inputs[index] for maker in makers if maker is not None), axis=0)
+        for index in range(1 if kind[0] == "ReduceSum" else 2)
+    ]
+    if kind[0] == "ReduceSum":
+        return builder.op("ReduceSum", *stacked, builder.ints(0), keepdims=0)
+    return builder.op("Gemm", *stacked, transA=1, alpha=kind[1])
+
+
+_MANY = 3
+
+
+def _row_sum(node: ir.Node) -> tuple[str, float] | None:
+    """What kind of sum over the rows of its operands a node is, with its factor."""
+    if node.op_type == "Gemm" and len(node.inputs) == 2:
+        if attribute(node, "transA", 0) and not attribute(node, "transB", 0):
+            return "Gemm", float(attribute(node, "alpha", 1.0))
+    elif node.op_type == "ReduceSum" and len(node.inputs) == 2 and not attribute(node, "keepdims", 1):
+        axes = array_of(given(node, 1))
+        if axes is not None and axes.tolist() == [0]:
+            return "ReduceSum", 1.0
+    return None
 
 
 def _of(builder: Builder, value: ir.Value, contributions: dict[ir.Value, list[ir.Value]]) -> ir.Value:

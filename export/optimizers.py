@@ -31,13 +31,15 @@ _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
 class Optimizer:
     """How many slots per tensor, which hyper-parameters, and the rule.
 
-    `update(builder, p, g, slots, hyper)` returns the new tensor and the new slots, the values of `hyper` being graph
-    inputs by name without `h.`. `anchored`: the start of the task is an input too, and pulls.
+    `numbers(builder, hyper)` works out the scalars of a step, once for all tensors, the values of `hyper` being graph inputs
+    by name without `h.`; `update(builder, p, g, slots, numbers)` returns the new tensor and the new slots. `anchored`: the
+    start of the task is an input too, and pulls.
     """
 
     slots: int
     hyper: Mapping[str, HyperRange]
     counts_steps: bool
+    numbers: Callable[[Builder, Mapping[str, ir.Value]], Mapping[str, ir.Value]]
     update: Callable[
         [Builder, ir.Value, ir.Value, Sequence[ir.Value], Mapping[str, ir.Value]],
         tuple[ir.Value, tuple[ir.Value, ...]],
@@ -46,32 +48,45 @@ class Optimizer:
 
 
 def _sgd(
-    b: Builder, p: ir.Value, g: ir.Value, slots: Sequence[ir.Value], hyper: Mapping[str, ir.Value]
+    b: Builder, p: ir.Value, g: ir.Value, slots: Sequence[ir.Value], numbers: Mapping[str, ir.Value]
 ) -> tuple[ir.Value, tuple[ir.Value, ...]]:
-    decayed = b.op("Add", g, b.op("Mul", p, hyper["weight_decay"]))
+    decayed = b.op("Add", g, b.op("Mul", p, numbers["weight_decay"]))
     velocity = b.op("Add", b.op("Mul", slots[0], _MOMENTUM), decayed)
-    return b.op("Sub", p, b.op("Mul", velocity, hyper["lr"])), (velocity,)
+    return b.op("Sub", p, b.op("Mul", velocity, numbers["lr"])), (velocity,)
+
+
+def _as_given(_b: Builder, hyper: Mapping[str, ir.Value]) -> Mapping[str, ir.Value]:
+    return hyper
+
+
+def _adamw_numbers(b: Builder, hyper: Mapping[str, ir.Value]) -> Mapping[str, ir.Value]:
+    step = b.op("Cast", hyper["step"], to=ir.DataType.FLOAT.value)
+    bias1 = b.op("Sub", 1.0, b.op("Pow", _BETA1, step))
+    bias2 = b.op("Sqrt", b.op("Div", b.op("Sub", 1.0, b.op("Pow", _BETA2, step)), 1 - _BETA2))
+    return {
+        "rate": b.op("Mul", hyper["lr"], b.op("Div", b.op("Mul", bias2, 1 - _BETA1), bias1)),
+        "floor": b.op("Mul", bias2, _EPSILON),
+        "kept": b.op("Sub", 1.0, b.op("Mul", hyper["lr"], hyper["weight_decay"])),
+    }
 
 
 def _adamw(
-    b: Builder, p: ir.Value, g: ir.Value, slots: Sequence[ir.Value], hyper: Mapping[str, ir.Value]
+    b: Builder, p: ir.Value, g: ir.Value, slots: Sequence[ir.Value], numbers: Mapping[str, ir.Value]
 ) -> tuple[ir.Value, tuple[ir.Value, ...]]:
-    step = b.op("Cast", hyper["step"], to=ir.DataType.FLOAT.value)
     first = b.op("Add", b.op("Mul", slots[0], _BETA1), g)
     second = b.op("Add", b.op("Mul", slots[1], _BETA2), b.op("Mul", g, g))
-    # What is a number is worked out as one: a pass over a tensor costs more than all of these.
-    bias1 = b.op("Sub", 1.0, b.op("Pow", _BETA1, step))
-    bias2 = b.op("Sqrt", b.op("Div", b.op("Sub", 1.0, b.op("Pow", _BETA2, step)), 1 - _BETA2))
-    rate = b.op("Mul", hyper["lr"], b.op("Div", b.op("Mul", bias2, 1 - _BETA1), bias1))
-    spread = b.op("Add", b.op("Sqrt", second), b.op("Mul", bias2, _EPSILON))
-    move = b.op("Div", b.op("Mul", first, rate), spread)
-    kept = b.op("Mul", p, b.op("Sub", 1.0, b.op("Mul", hyper["lr"], hyper["weight_decay"])))
-    return b.op("Sub", kept, move), (first, second)
+    spread = b.op("Add", b.op("Sqrt", second), numbers["floor"])
+    move = b.op("Div", b.op("Mul", first, numbers["rate"]), spread)
+    return b.op("Sub", b.op("Mul", p, numbers["kept"]), move), (first, second)
 
 
 _PLAIN: Final[Mapping[str, Optimizer]] = {
-    "sgd": Optimizer(1, {"lr": HyperRange(1e-2, 0.0, 10.0), "weight_decay": HyperRange(0.0, 0.0, 1.0)}, False, _sgd),
-    "adamw": Optimizer(2, {"lr": HyperRange(1e-3, 0.0, 1.0), "weight_decay": HyperRange(1e-2, 0.0, 1.0)}, True, _adamw),
+    "sgd": Optimizer(
+        1, {"lr": HyperRange(1e-2, 0.0, 10.0), "weight_decay": HyperRange(0.0, 0.0, 1.0)}, False, _as_given, _sgd
+    ),
+    "adamw": Optimizer(
+        2, {"lr": HyperRange(1e-3, 0.0, 1.0), "weight_decay": HyperRange(1e-2, 0.0, 1.0)}, True, _adamw_numbers, _adamw
+    ),
 }
 
 
@@ -106,6 +121,8 @@ def append_optimizer(
     hyper = {name: b.input(f"h.{name}", "float32", ()) for name in optimizer.hyper}
     if optimizer.counts_steps:
         hyper["step"] = b.input("h.step", "int64", ())
+    b.scope = "optimizer"
+    numbers = optimizer.numbers(b, hyper)
     states: list[list[ir.Value]] = [[] for _ in range(1 + optimizer.slots)]
     for index, p in enumerate(tensors):
         b.scope = f"optimizer/{_name(p)}"
@@ -115,7 +132,7 @@ def append_optimizer(
             anchor = b.input(f"p0.{_name(p)}", "float32", dims(p))
             gradient = b.op("Add", gradient, b.op("Mul", hyper["proximal"], b.op("Sub", p, anchor)))
         new, new_slots = optimizer.update(
-            b, _flat(b, p), _flat(b, gradient, p), [_flat(b, s) for s in before[1:]], hyper
+            b, _flat(b, p), _flat(b, gradient, p), [_flat(b, s) for s in before[1:]], numbers
         )
         for held, made, old in zip(states, (new, *new_slots), before, strict=True):
             value = reshaped(b, made, old) if _ends_in_one(old) else made

@@ -1,7 +1,8 @@
 """Graphs as files that share one weight file (step-graphs.md, section 2.5).
 
 Every tensor of 1 KiB or more lies once in `weights.safetensors`, whichever graphs read it; the graphs refer to it as ONNX
-external data. Smaller ones stay inside the graph.
+external data. Smaller ones stay inside the graph, as does int4, which a weight file cannot hold; a constant that the runtime may be handed
+later (`c.<t>`) is always outside.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from export.errors import ContractError
 from export.step_graph import constants
 
 INLINE = 1024  # bytes
+LATE = "c."  # the runtime may be handed another value for such a constant when it opens the graph
 
 
 class WeightFile:
@@ -51,7 +53,11 @@ def write_graphs(models: Sequence[ir.Model], weights: WeightFile) -> tuple[list[
     Raises `ContractError` for a graph file above the limit (I13).
     """
     keys = [
-        {name: weights.add(name, value) for name, value in sorted(constants(model).items()) if value.nbytes >= INLINE}
+        {
+            name: weights.add(name, value)
+            for name, value in sorted(constants(model).items())
+            if (value.nbytes >= INLINE or name.startswith(LATE)) and value.dtype.kind in "biuf"
+        }
         for model in models
     ]
     content = weights.to_bytes()

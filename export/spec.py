@@ -16,7 +16,17 @@
     batch = 32                                 default batch size
     accumulate = true                          optional: devices may train on larger batches, in parts of at most
     largest = 32                               this many samples (default: batch); needs two more graphs
-    rank = 4                                   further keys are options of the scope (lora: rank, alpha, targets; layer: modules)
+    rank = 4                                   further keys are options of the scope (lora: docs/lora.md; layer: modules)
+
+    [deploy]                                   optional: quantize the network as it is, and serve it in integers
+    bits = 8                                   of weights, 2 to 8; activations have 8
+    tolerance = 0.01                           how far accuracy may fall, as a share
+    qat_steps = 150                            training where it falls further; 0 never trains
+    equalize = true
+    reduce_range = false                       true for processors whose 8-bit products saturate
+    profile = "x86_gateway"                    or flash_kb = 512: what the target holds
+    held_out = "held_out.npz"                  x and y to judge by (default: the last fifth of the example)
+    allow = ["latency"]                        gates that may fail: fusion, accuracy, latency, budget
 
 Paths are relative to the file; modules are looked for in its folder first.
 """
@@ -34,11 +44,15 @@ from typing import Any
 
 import numpy as np
 
+from devices.profile import load_profile
 from edge_sdk.bundle import HeldOut
 from edge_sdk.keys import SigningKey
 from edge_sdk.tensors import Array
-from export.build import ProgramSpec, Report, build_bundle
+from export.build import Deploy, ProgramSpec, Report, build_bundle, forward_of
 from export.errors import SpecError
+from export.quantize.pipeline import Data, Recipe, quantize_model
+from export.quantize.report import GATES, QuantReport
+from export.quantize.settings import QatSettings
 
 _KEYS: Mapping[str, type | tuple[type, ...]] = {
     "name": str,
@@ -50,6 +64,18 @@ _KEYS: Mapping[str, type | tuple[type, ...]] = {
     "seed": int,
     "held_out": dict,
     "program": list,
+    "deploy": dict,
+}
+_DEPLOY_KEYS: Mapping[str, type | tuple[type, ...]] = {
+    "bits": int,
+    "tolerance": (int, float),
+    "qat_steps": int,
+    "equalize": bool,
+    "reduce_range": bool,
+    "profile": str,
+    "flash_kb": int,
+    "held_out": str,
+    "allow": list,
 }
 _REQUIRED = ("name", "model", "example", "loss", "program")
 _PROGRAM_KEYS = ("scope", "precision", "optimizer", "batch", "accumulate", "largest")
@@ -69,6 +95,7 @@ class Spec:
     classes: tuple[str, ...] | None = None
     seed: int = 0
     held_out: HeldOut = HeldOut(0.2, 1)
+    deploy: Mapping[str, Any] | None = None
 
 
 def load_spec(path: Path) -> Spec:
@@ -105,7 +132,28 @@ def load_spec(path: Path) -> Spec:
         classes=tuple(content["classes"]) if "classes" in content else None,
         seed=content.get("seed", 0),
         held_out=HeldOut(float(held_out.get("share", 0.2)), int(held_out.get("gap", 1))),
+        deploy=_deploy(content["deploy"], path) if "deploy" in content else None,
     )
+
+
+def with_deploy(spec: Spec, changes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The [deploy] table with these keys changed. Raises `SpecError`."""
+    return _deploy({**(spec.deploy or {}), **changes}, spec.path)
+
+
+def _deploy(table: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    for key, value in table.items():
+        kind = _DEPLOY_KEYS.get(key)
+        if kind is None:
+            raise SpecError(f"{path}: unknown key {key!r} of [deploy]; known: {', '.join(_DEPLOY_KEYS)}")
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise SpecError(f"{path}: {key} = {value!r} of [deploy] has the wrong type")
+    unknown = set(table.get("allow", ())) - set(GATES)
+    if unknown:
+        raise SpecError(f"{path}: allow = {table['allow']} of [deploy]: the gates are {', '.join(GATES)}")
+    if "profile" in table and "flash_kb" in table:
+        raise SpecError(f"{path}: [deploy] has profile and flash_kb: the profile says what the flash holds")
+    return table
 
 
 def _program(row: Any, path: Path) -> ProgramSpec:
@@ -126,6 +174,9 @@ def build_spec(
 ) -> Report:
     """Build what a specification says. Raises `ExportError`."""
     x, y = _example(spec.example)
+    deploy = None
+    if spec.deploy is not None:
+        deploy, (x, y) = deploy_of(spec, x, y)
     return build_bundle(
         _model(spec),
         (x, y),
@@ -137,8 +188,40 @@ def build_spec(
         held_out=spec.held_out,
         seed=spec.seed,
         release_key=release_key,
+        deploy=deploy,
         on_progress=on_progress,
     )
+
+
+def deploy_of(spec: Spec, x: Array, y: Array) -> tuple[Deploy, tuple[Array, Array]]:
+    """The recipe with the samples to judge by, and the rest of the example. Raises `ExportError`, `ProfileError`."""
+    table = spec.deploy or {}
+    flash = load_profile(table["profile"]).flash_kb if "profile" in table else table.get("flash_kb")
+    steps = table.get("qat_steps", QatSettings.steps)
+    recipe = Recipe(
+        bits=table.get("bits", 8),
+        tolerance=float(table.get("tolerance", 0.01)),
+        equalize=table.get("equalize", True),
+        qat=QatSettings(steps=steps, seed=spec.seed) if steps > 0 else None,
+        flash_kb=flash,
+        reduce_range=table.get("reduce_range", False),
+        allow=tuple(table.get("allow", ())),
+    )
+    if "held_out" in table:
+        return Deploy(recipe, *_example(spec.path.parent / table["held_out"])), (x, y)
+    first = max(1, len(x) - max(1, len(x) // 5))
+    return Deploy(recipe, x[first:], y[first:]), (x[:first], y[:first])
+
+
+def quantize_spec(spec: Spec, output: Path, *, on_progress: Callable[[str], None] = lambda text: None) -> QuantReport:
+    """Quantize the model of a specification into an ONNX file of its own. Raises `ExportError`; nothing is written then."""
+    x, y = _example(spec.example)
+    deploy, (x, y) = deploy_of(spec, x, y)
+    forward = forward_of(_model(spec), x)
+    data = Data(x, y, deploy.held_x, deploy.held_y)
+    found = quantize_model(forward, data, deploy.recipe, name=spec.name, on_progress=on_progress)
+    output.write_bytes(found.model)
+    return found.report
 
 
 def _example(path: Path) -> tuple[Array, Array]:

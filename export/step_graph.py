@@ -75,10 +75,6 @@ def build_graphs(
     fake quantizers; constant weights are the caller's.
     """
     names = [trainable.name for trainable in trainables]
-    accumulators: list[Accumulator] = []
-
-    def accumulate(b: Builder, output: ir.Value, target: ir.Value, weight: ir.Value) -> None:
-        accumulators.extend(_accumulate(b, loss, output, target, weight))
 
     def step(b: Builder, output: ir.Value, target: ir.Value, weight: ir.Value) -> None:
         _, outputs = append_optimizer(b, optimizer, _differentiated(b, loss, output, target, weight, names))
@@ -90,14 +86,15 @@ def build_graphs(
         infer, served = (quantized(model, trainables, precision) for model in (forward, parts.rest))
     stepped = served if precision.trains else parts.rest
     infer.graph.outputs[0].name = "y.0"
+    evaluate, accumulators = accumulating_graph(served, loss, program_id)
     graphs = Graphs(
-        infer=_finished(infer, program_id),
-        prefix=None if parts.prefix is None else _finished(parts.prefix, program_id),
+        infer=finished(infer, program_id),
+        prefix=None if parts.prefix is None else finished(parts.prefix, program_id),
         step=_with_loss(stepped, loss, step, program_id),
-        evaluate=_with_loss(served, loss, accumulate, program_id),
+        evaluate=evaluate,
         gradients=gradients_graph(stepped, trainables, loss, program_id),
-        apply=_finished(_apply(trainables, optimizer), program_id),
-        accumulators=tuple(accumulators),
+        apply=finished(_apply(trainables, optimizer), program_id),
+        accumulators=accumulators,
         features=parts.features,
     )
     for model in graphs.files(accumulate=True).values():
@@ -156,7 +153,7 @@ def loss_graph(forward: ir.Model, loss: Loss) -> ir.Model:
     b, output, target, weight = _data_inputs(model, loss)
     value = loss.build(b, output, target, weight)
     model.graph.outputs[:] = [_scalar(value)]
-    return _finished(model, "loss")
+    return finished(model, "loss")
 
 
 def _apply(trainables: Sequence[Trainable], optimizer: Optimizer) -> ir.Model:
@@ -170,6 +167,17 @@ def _apply(trainables: Sequence[Trainable], optimizer: Optimizer) -> ir.Model:
     return model
 
 
+def accumulating_graph(forward: ir.Model, loss: Loss, program_id: str) -> tuple[ir.Model, tuple[Accumulator, ...]]:
+    """`d.x`, `d.y`, `d.w` and accumulators in, the accumulators after this batch out: how held-out samples are scored."""
+    found: list[Accumulator] = []
+
+    def accumulate(b: Builder, output: ir.Value, target: ir.Value, weight: ir.Value) -> None:
+        found.extend(_accumulate(b, loss, output, target, weight))
+
+    model = _with_loss(forward, loss, accumulate, program_id)
+    return model, tuple(found)
+
+
 def _with_loss(
     forward: ir.Model, loss: Loss, append: Callable[[Builder, ir.Value, ir.Value, ir.Value], None], program_id: str
 ) -> ir.Model:
@@ -177,7 +185,7 @@ def _with_loss(
     b, output, target, weight = _data_inputs(model, loss)
     model.graph.outputs.clear()
     append(b, output, target, weight)
-    return _finished(model, program_id)
+    return finished(model, program_id)
 
 
 def _data_inputs(model: ir.Model, loss: Loss) -> tuple[Builder, ir.Value, ir.Value, ir.Value]:
@@ -210,7 +218,7 @@ def _accumulate(
 ) -> tuple[Accumulator, ...]:
     b.scope = "evaluate"
     found = loss.evaluate(b, output, target, weight)
-    b.graph.outputs.append(_scalar(b.op("Identity", np.array(0, np.float32), name="loss")))
+    loss_free(b)
     for accumulator in found:
         held = b.input(f"a.{accumulator.name}", "float32", accumulator.shape)
         new = b.op("Add", held, accumulator.added, name=f"a.{accumulator.name}.next")
@@ -219,10 +227,15 @@ def _accumulate(
     return found
 
 
+def loss_free(b: Builder) -> None:
+    """The loss of a program that has none: an output of zero."""
+    b.graph.outputs.append(_scalar(b.op("Identity", np.array(0, np.float32), name="loss")))
+
+
 _ORDER = ("d", "f", "r", "grad", "p", "s", "e", "n", "a", "p0", "c", "h")
 
 
-def _finished(model: ir.Model, program_id: str) -> ir.Model:
+def finished(model: ir.Model, program_id: str) -> ir.Model:
     """Simplify, drop inputs that nothing reads, put inputs in the order of the contract, strip what is not needed."""
     tidy(model)
     graph = model.graph

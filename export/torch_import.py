@@ -49,7 +49,7 @@ def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
 def forward_graph(module: nn.Module, example: Array) -> ir.Model:
     """The module in evaluation mode as an ONNX graph: `d.x` in, one output, tensors as initializers of their names.
 
-    `example` is a batch `[n, *shape]` float32 with n of 2 or more. Raises `UnsupportedModel`.
+    `example` is a batch `[n, *shape]`, float32 or int64, with n of 2 or more. Raises `UnsupportedModel`.
     """
     was_training = module.training
     module.eval()
@@ -105,6 +105,7 @@ class TorchOracle:
 
     def __init__(self, module: nn.Module, frozen: Mapping[str, Array], loss: str) -> None:
         self._module = module
+        self._names = set(tensors_of(module))
         self._frozen = {name: torch.as_tensor(np.array(value)) for name, value in frozen.items()}
         self._loss = loss
 
@@ -131,7 +132,8 @@ class TorchOracle:
 
         leaves = {name: cast(np.array(value)).requires_grad_() for name, value in trained.items()}
         frozen = {name: cast(value) for name, value in self._frozen.items()}
-        tensors = {**frozen, **effective(leaves, frozen)}
+        # What is given with the start (a side term) is no tensor of the module: its layer may be none of the module's either.
+        tensors = {n: v for n, v in {**frozen, **effective(leaves, frozen)}.items() if n in self._names}
         was_training = self._module.training
         self._module.eval()
         output = torch.func.functional_call(self._module, tensors, (cast(x),))

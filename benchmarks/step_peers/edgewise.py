@@ -1,4 +1,8 @@
-"""Edgewise's own steps: `edgewise.py net.bundle batch.npz`, by the Python of the base install."""
+"""Edgewise's own steps: `edgewise.py net.bundle batch.npz [kept]`, by the Python of the base install.
+
+`kept`: the samples have names, so that from the second step on what the frozen part made of them is at hand, as in all
+epochs of a task but its first.
+"""
 
 from __future__ import annotations
 
@@ -21,4 +25,5 @@ with np.load(sys.argv[2]) as file:
 with tempfile.TemporaryDirectory() as folder, Bundle.open(Path(sys.argv[1]), unpack_to=Path(folder)) as bundle:
     program = next(program for program in bundle.programs.values() if not program.accumulates)
     stepper = Stepper(bundle, program, bundle.initial(program), RuntimeProfile(threads=1))
-    serve(lambda: stepper.step(batch, {"lr": rate, "weight_decay": 0.0}).loss)
+    ids = list(range(len(batch["d.x"]))) if sys.argv[3:] == ["kept"] else None
+    serve(lambda: stepper.step(batch, {"lr": rate, "weight_decay": 0.0}, ids=ids).loss)

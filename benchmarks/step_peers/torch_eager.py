@@ -14,23 +14,10 @@ from torch import nn
 sys.path.append(str(Path(__file__).resolve().parent))
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
+from adapted import Adapted
 from protocol import serve
 
 from benchmarks.step_models import STEP_MODELS
-
-
-class Adapted(nn.Module):
-    """A frozen linear layer beside a product of two factors: y = W x + b + s B (A x)."""
-
-    def __init__(self, layer: nn.Linear, rank: int, scale: float) -> None:
-        super().__init__()
-        self.layer, self.scale = layer, scale
-        bound = (3.0 / layer.in_features) ** 0.5
-        self.a = nn.Parameter(torch.empty(rank, layer.in_features).uniform_(-bound, bound))
-        self.b = nn.Parameter(torch.zeros(layer.out_features, rank))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x) + self.scale * ((x @ self.a.T) @ self.b.T)
 
 
 def prepare(net: nn.Module, scope: str, options: dict) -> list[nn.Parameter]:

@@ -86,3 +86,17 @@ def _replace(
     ir.convenience.replace_all_uses_with(output, source, replace_graph_outputs=True)
     graph.remove(norm, safe=True)
     source.name = named_output
+
+
+def fold_transposes(model: ir.Model) -> None:
+    """Write weights down as their product reads them, in place: a quantizer looks for constants, not for a Transpose."""
+    graph = model.graph
+    for node in list(graph):
+        source = node.inputs[0] if node.op_type == "Transpose" else None
+        value = array_of(source)
+        if source is None or value is None or node.outputs[0].is_graph_output():
+            continue
+        turned = constant(f"{source.name}.T", np.ascontiguousarray(value.transpose(attribute(node, "perm"))))
+        graph.register_initializer(turned)
+        ir.convenience.replace_all_uses_with(node.outputs[0], turned)
+    passes.RemoveUnusedNodesPass()(model)

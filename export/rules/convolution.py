@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import onnx_ir as ir
@@ -19,7 +20,7 @@ def _conv(b: Builder, node: ir.Node, dy: ir.Value, wanted: Wanted) -> Gradients:
     window, group = window_of(node, static(w)[2:]), attribute(node, "group", 1)
     outs = static(node.outputs[0], 2)
     dx = _input_gradient(b, x, w, dy, window, group) if wanted[0] else None
-    dw = weight_gradient(b, x, dy, static(w), outs, window, group) if wanted[1] else None
+    dw = weight_gradient(b, x, dy, static(w), static(x, 2), outs, window, group) if wanted[1] else None
     return dx, dw, _bias_gradient(b, dy, window) if len(wanted) > 2 and wanted[2] else None
 
 
@@ -43,7 +44,7 @@ def _conv_transpose(b: Builder, node: ir.Node, dy: ir.Value, wanted: Wanted) -> 
             group=group,
         )
     if wanted[1]:
-        dw = weight_gradient(b, dy, x, static(w), static(x, 2), window, group)
+        dw = weight_gradient(b, dy, x, static(w), static(node.outputs[0], 2), static(x, 2), window, group)
     return dx, dw, _bias_gradient(b, dy, window) if len(wanted) > 2 and wanted[2] else None
 
 
@@ -93,7 +94,8 @@ def weight_gradient(
     x: ir.Value,
     dy: ir.Value,
     shape: tuple[int, ...],
-    outs: tuple[int, ...],
+    sizes: Sequence[int],
+    outs: Sequence[int],
     window: Window,
     group: int,
 ) -> ir.Value:
@@ -105,8 +107,7 @@ def weight_gradient(
     out, inner = shape[:2]
     rank = window.rank
     axes = list(range(1, rank + 1))
-    turn = [*range(1, rank + 2), 0]
-    channels, errors = b.op("Transpose", x, perm=turn), b.op("Transpose", dy, perm=turn)
+    channels, errors = _batch_last(b, x, inner * group, sizes), _batch_last(b, dy, out, outs)
     if any(window.pads):
         channels = b.op("Pad", channels, b.ints(0, *window.begins, 0, 0, *window.ends, 0))
     taps = []
@@ -126,6 +127,15 @@ def weight_gradient(
 
 
 _FEW_CHANNELS = 8
+
+
+def _batch_last(b: Builder, value: ir.Value, channels: int, sizes: Sequence[int]) -> ir.Value:
+    """`[n, channels, *sizes]` to `[channels, *sizes, n]`.
+
+    Through three axes: the runtime would join a turn of all axes with one before it, to one that it does element by element.
+    """
+    flat = b.op("Reshape", value, b.ints(-1, channels, math.prod(sizes)))
+    return b.op("Reshape", b.op("Transpose", flat, perm=[1, 2, 0]), b.ints(channels, *sizes, -1))
 
 
 def _products(

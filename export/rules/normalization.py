@@ -57,10 +57,10 @@ def _batch_normalization(b: Builder, node: ir.Node, dy: ir.Value, wanted: Wanted
     """
     if any(wanted[3:]):
         raise UnsupportedAttribute("trained statistics")
-    x, gamma, mean, variance = given(node, 0), given(node, 1), given(node, 3), given(node, 4)
+    x, gamma, mean = given(node, 0), given(node, 1), given(node, 3)
     rank = len(dims(x))
     column, others = b.ints(-1, *[1] * (rank - 2)), b.ints(0, *range(2, rank))
-    inverse = b.op("Div", 1.0, b.op("Sqrt", b.op("Add", variance, float(attribute(node, "epsilon", 1e-5)))))
+    inverse = inverse_deviation(b, node)
     dx = dgamma = dbeta = None
     if wanted[0]:
         dx = b.op("Mul", dy, b.op("Reshape", b.op("Mul", gamma, inverse), column))
@@ -70,3 +70,9 @@ def _batch_normalization(b: Builder, node: ir.Node, dy: ir.Value, wanted: Wanted
     if wanted[2]:
         dbeta = b.op("ReduceSum", dy, others, keepdims=0)
     return dx, dgamma, dbeta, None, None
+
+
+def inverse_deviation(b: Builder, norm: ir.Node) -> ir.Value:
+    """1 / sqrt(variance + epsilon) `[channels]` of a BatchNormalization's running variance."""
+    spread = b.op("Add", given(norm, 4), float(attribute(norm, "epsilon", 1e-5)))
+    return b.op("Div", 1.0, b.op("Sqrt", spread))

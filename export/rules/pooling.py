@@ -10,7 +10,7 @@ import onnx_ir as ir
 from export.gradients import Gradients, UnsupportedAttribute, Wanted, gradient
 from export.graph import Builder, attribute, dims, expanded, given, reshaped, static
 from export.rules.elementwise import masked
-from export.rules.windows import Window, apart, behind, together, window_of
+from export.rules.windows import FLAT, Window, apart, behind, together, window_of
 
 
 @gradient("MaxPool")
@@ -30,10 +30,10 @@ def _max_pool(b: Builder, node: ir.Node, dy: ir.Value, _wanted: Wanted) -> Gradi
     indices = node.outputs[1]
     indices.name = indices.name or f"{node.outputs[0].name}/indices"
     indices.shape, indices.type = node.outputs[0].shape, ir.TensorType(ir.DataType.INT64)
-    flat = b.ints(-1)
+    flat = b.ints(*FLAT)
     zeros = b.op("Expand", 0.0, b.op("Shape", b.op("Reshape", x, flat)))
     moved = b.op("Reshape", indices, flat), b.op("Reshape", dy, flat)
-    return (reshaped(b, b.op("ScatterElements", zeros, *moved, axis=0, reduction="add"), x),)
+    return (reshaped(b, b.op("ScatterElements", zeros, *moved, axis=1, reduction="add"), x),)
 
 
 def _tiled_max(
@@ -45,7 +45,7 @@ def _tiled_max(
     if used != sizes:
         axes = range(2, len(kernel) + 2)
         x = b.op("Slice", x, b.ints(*[0] * len(kernel)), b.ints(*used), b.ints(*axes))
-    flat = b.ints(-1)
+    flat = b.ints(*FLAT)
     y, left = b.op("Reshape", y, flat), b.op("Reshape", dy, flat)
     taken = []
     for part in apart(b, x, outs, kernel)[:-1]:
@@ -71,7 +71,7 @@ def _average_pool(b: Builder, node: ir.Node, dy: ir.Value, _wanted: Wanted) -> G
     share = b.op("Div", dy, b.const(counts))
     if window.kernel == window.strides and not any(window.pads):
         used = [n * k for n, k in zip(outs, window.kernel, strict=True)]
-        parts = [b.op("Reshape", share, b.ints(-1))] * math.prod(window.kernel)
+        parts = [b.op("Reshape", share, b.ints(*FLAT))] * math.prod(window.kernel)
         return (behind(b, together(b, parts, outs, window.kernel), channels, used, sizes),)
     ones = b.const(np.ones((channels, 1, *window.kernel), np.float32))
     return (

@@ -11,6 +11,9 @@ import onnx_ir as ir
 from export.gradients import UnsupportedAttribute
 from export.graph import Builder, attribute
 
+# All values in a row. Not one axis: shape inference follows each element of such a value, as if it were a shape.
+FLAT = (1, -1)
+
 
 @dataclass(frozen=True)
 class Window:
@@ -40,6 +43,12 @@ class Window:
     def ends(self) -> tuple[int, ...]:
         """Padding behind each axis."""
         return self.pads[self.rank :]
+
+    @property
+    def turned(self) -> Window:
+        """The same with its axes in reverse order."""
+        pads = (*self.begins[::-1], *self.ends[::-1])
+        return Window(self.kernel[::-1], self.strides[::-1], pads, self.dilations[::-1])
 
     def output_padding(self, sizes: Sequence[int], outs: Sequence[int]) -> list[int]:
         """What a ConvTranspose from `outs` places lacks to `sizes` places: those behind the last window."""
@@ -77,7 +86,7 @@ def apart(b: Builder, x: ir.Value, outs: Sequence[int], kernel: Sequence[int]) -
         if k > 1:
             rows = [b.op("Reshape", part, b.ints(-1, k, below)) for part in parts]
             parts = [piece for part in rows for piece in b.ops(k, "Split", part, axis=1, num_outputs=k)]
-    return [b.op("Reshape", part, b.ints(-1)) for part in parts]
+    return [b.op("Reshape", part, b.ints(*FLAT)) for part in parts]
 
 
 def together(b: Builder, parts: Sequence[ir.Value], outs: Sequence[int], kernel: Sequence[int]) -> ir.Value:

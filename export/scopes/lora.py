@@ -1,6 +1,7 @@
 """LoRA: beside a frozen weight W [m, n] a product of two small factors trains (Hu et al., arXiv 2106.09685, section 4.1).
 
-    y = W x + s B A x        A [r, n] = lora_a,  B [m, r] = lora_b,  s = alpha / r
+    y = W x + s B A x        A [r, n] = lora_a,  B [m, r] = lora_b,  s = alpha / r,  or alpha / sqrt(r) (rank-stabilised:
+                                                                     Kalajdzievski, arXiv 2312.03732, section 3)
 
 A convolution's weight [m, c, k...] counts as [m, c k...]: A is a convolution with r channels, B one of kernel size 1. With
 groups the product is added to the weight itself. Of torch's attention, whose three projections are one weight, `q_proj`,
@@ -9,6 +10,8 @@ nothing. Adapters are float32 and outside every quantizer; the scale stands in t
 
 One factor may rest: it is then a constant that comes with the start of a task. So is the side term `L Q`, which the gateway
 adds to a frozen weight whose file it cannot rewrite (docs/adr/side-terms.md).
+
+Tensors of the model may train beside the adapters (`also_train`): new classes need the head. They merge by their mean.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from edge_sdk.tensors import Array
 from export.errors import SpecError, UnknownTensor, UnsupportedModel
 from export.graph import Builder, attribute, dims, static
 from export.scopes import Applied, Trainable
+from export.scopes.modules import HeadScope, train_tensors
 from export.shapes import infer_shapes
 
 log = logging.getLogger(__name__)
@@ -55,18 +59,22 @@ class _Layer:
 
 @dataclass(frozen=True)
 class LoraScope:
-    """Options: `rank` (4), `alpha` (twice the rank), `targets` (patterns of layer names; all by default).
+    """Options: `rank` (4), `alpha` (twice the rank), `targets` (patterns of layer names).
 
+    Without `targets`, the query and value projections of a transformer get adapters; of another network, every layer.
     `factors`: which train, "ab", "a" or "b". `side_rank`: capacity of a side term, 0 for none. `named_by_rank`: the tensors
-    bear the rank in their names, so that programs of several ranks fit into one bundle.
+    bear the rank in their names, so that programs of several ranks fit into one bundle. `scaling`: "standard" or
+    "rank_stabilised". `also_train`: any of "head" (which then gets no adapter), "norm" and "bias".
     """
 
     rank: int = 4
     alpha: float = 8.0
-    targets: tuple[str, ...] = ("*",)
+    targets: tuple[str, ...] | None = None
     factors: str = "ab"
     side_rank: int = 0
     named_by_rank: bool = False
+    scaling: str = "standard"
+    also_train: tuple[str, ...] = ()
 
     @classmethod
     def create(cls, options: Mapping[str, Any]) -> Self:
@@ -80,8 +88,8 @@ class LoraScope:
         alpha = options.get("alpha", 2.0 * rank)
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
             raise SpecError(f"alpha = {alpha!r} of scope lora must be a number above 0")
-        targets = options.get("targets", ("*",))
-        if isinstance(targets, str) or not targets:
+        targets = options.get("targets")
+        if targets is not None and (isinstance(targets, str) or not targets):
             raise SpecError(f"targets = {targets!r} of scope lora must be a list of layer names or patterns")
         factors, side_rank = options.get("factors", "ab"), options.get("side_rank", 0)
         if factors not in ("ab", "a", "b"):
@@ -91,25 +99,34 @@ class LoraScope:
         named_by_rank = options.get("named_by_rank", False)
         if type(named_by_rank) is not bool:
             raise SpecError(f"named_by_rank = {named_by_rank!r} of scope lora must be true or false")
-        return cls(rank, float(alpha), tuple(targets), factors, side_rank, named_by_rank)
+        scaling = options.get("scaling", "standard")
+        if scaling not in _SCALINGS:
+            raise SpecError(f"scaling = {scaling!r} of scope lora must be one of {', '.join(_SCALINGS)}")
+        also = options.get("also_train", ())
+        if isinstance(also, str) or any(part not in _BESIDE for part in also):
+            raise SpecError(f"also_train = {also!r} of scope lora must be a list of {', '.join(_BESIDE)}")
+        patterns = None if targets is None else tuple(targets)
+        beside = tuple(part for part in _BESIDE if part in also)
+        return cls(rank, float(alpha), patterns, factors, side_rank, named_by_rank, scaling, beside)
 
     @property
     def label(self) -> str:
-        """The rank, and which factor trains if one rests."""
-        return f"r{self.rank}" + ("" if self.factors == "ab" else f"/{self.factors}")
+        """The rank, which factor trains if one rests, and what trains beside the adapters."""
+        parts = [f"r{self.rank}", *([] if self.factors == "ab" else [self.factors])]
+        return "/".join([*parts, *(["+".join(self.also_train)] if self.also_train else [])])
 
     @property
     def scale(self) -> float:
-        """alpha / r."""
-        return self.alpha / self.rank
+        """alpha / r, or alpha / sqrt(r)."""
+        return self.alpha / (self.rank if self.scaling == "standard" else self.rank**0.5)
 
     def apply(self, model: ir.Model, parameters: Sequence[str], seed: int) -> Applied:
         """Add an adapter to every target layer. Raises `UnknownTensor` for a pattern that matches none."""
+        beside = self._beside(model, parameters)
         layers = _layers(model.graph, parameters)
-        chosen = [layer for layer in layers if any(fnmatch.fnmatchcase(layer.name, t) for t in self.targets)]
-        for pattern in self.targets:
-            if not any(fnmatch.fnmatchcase(layer.name, pattern) for layer in layers):
-                raise UnknownTensor("target", pattern, [layer.name for layer in layers])
+        chosen = [layer for layer in self._targeted(layers) if layer.weight.name not in beside]
+        if not chosen:
+            raise SpecError("scope lora is left without a layer: what also_train trains takes no adapter")
         builder = Builder(model.graph)
         trainables: list[Trainable] = []
         constants: list[Trainable] = []
@@ -125,9 +142,38 @@ class LoraScope:
             side = self._side(layer)
             constants += side
             self._insert(builder, layer, (a, b), side)
+        adapted = self._effective(chosen)
+        own = train_tensors(model, beside).trainables
         model.graph.sort()
         infer_shapes(model)
-        return Applied(tuple(trainables), self._effective(chosen), tuple(constants))
+
+        def effective(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
+            return {**adapted(trained, frozen), **{name: trained[name] for name in beside}}
+
+        return Applied((*trainables, *own), effective, tuple(constants))
+
+    def _targeted(self, layers: Sequence[_Layer]) -> list[_Layer]:
+        if self.targets is None:
+            return [layer for layer in layers if layer.name.rpartition(".")[2] in _QUERY_AND_VALUE] or list(layers)
+        for pattern in self.targets:
+            if not any(fnmatch.fnmatchcase(layer.name, pattern) for layer in layers):
+                raise UnknownTensor("target", pattern, [layer.name for layer in layers])
+        return [layer for layer in layers if any(fnmatch.fnmatchcase(layer.name, t) for t in self.targets)]
+
+    def _beside(self, model: ir.Model, parameters: Sequence[str]) -> list[str]:
+        """The model's own tensors that train, in the order of `parameters`. Raises `SpecError` for a kind it has none of."""
+        found = {
+            "head": lambda: HeadScope.tensors(model.graph, parameters),
+            "norm": lambda: _normalizations(model.graph, parameters),
+            "bias": lambda: _biases(model.graph, parameters),
+        }
+        chosen: set[str] = set()
+        for part in self.also_train:
+            names = found[part]()
+            if not names:
+                raise SpecError(f"also_train of scope lora names {part!r}, and the model has no such tensor")
+            chosen.update(names)
+        return [name for name in parameters if name in chosen]
 
     def _factors(self, layer: _Layer, seed: int) -> list[Trainable]:
         m, n = layer.shape
@@ -217,7 +263,11 @@ class LoraScope:
         return effective
 
 
-_OPTIONS = ("rank", "alpha", "targets", "factors", "side_rank", "named_by_rank")
+_OPTIONS = ("rank", "alpha", "targets", "factors", "side_rank", "named_by_rank", "scaling", "also_train")
+_SCALINGS = ("standard", "rank_stabilised")
+_BESIDE = ("head", "norm", "bias")
+_QUERY_AND_VALUE = ("q", "v", "q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "wq", "wv")
+_NORMALIZATIONS = ("LayerNormalization", "BatchNormalization", "GroupNormalization", "InstanceNormalization")
 
 
 def _thin(b: Builder, layer: _Layer, left: ir.Value, right: ir.Value, scale: float) -> ir.Value:
@@ -278,3 +328,23 @@ def _layers(graph: ir.Graph, parameters: Sequence[str]) -> list[_Layer]:
             continue
         layers.append(_Layer(name, node, source, shape, transposed))
     return layers
+
+
+def _normalizations(graph: ir.Graph, parameters: Sequence[str]) -> list[str]:
+    """Scales and shifts of normalizations; running statistics stay."""
+    read = [value for node in graph if node.op_type in _NORMALIZATIONS for value in list(node.inputs)[1:3]]
+    return [str(value.name) for value in read if value is not None and value.name in parameters]
+
+
+def _biases(graph: ir.Graph, parameters: Sequence[str]) -> list[str]:
+    """Biases of convolutions and linear layers: the third input, or what is added to a product."""
+    found = []
+    for node in graph:
+        inputs = list(node.inputs)
+        if node.op_type in ("Conv", "ConvTranspose", "Gemm"):
+            found += inputs[2:3]
+        elif node.op_type == "Add":
+            makers = [None if value is None else value.producer() for value in inputs]
+            if any(maker is not None and maker.op_type == "MatMul" for maker in makers):
+                found += [value for value in inputs if value is not None and len(dims(value)) == 1]
+    return [str(value.name) for value in found if value is not None and value.name in parameters]

@@ -51,7 +51,15 @@ class HeadScope:
 
     def apply(self, model: ir.Model, parameters: Sequence[str], seed: int) -> Applied:  # noqa: ARG002
         """Train what the last such node reads."""
-        for node in reversed(list(model.graph)):
+        names = self.tensors(model.graph, parameters)
+        if not names:
+            raise UnknownTensor("layer", "*", [])
+        return train_tensors(model, names)
+
+    @staticmethod
+    def tensors(graph: ir.Graph, parameters: Sequence[str]) -> list[str]:
+        """Names of the last layer's tensors; none where no node reads a trainable constant."""
+        for node in reversed(list(graph)):
             held = [str(value.name) for value in node.inputs if value is not None and value.name in parameters]
             producers = [value.producer() for value in node.inputs if value is not None]
             # A linear layer may read its weight through a Transpose, and its bias in an Add behind the product.
@@ -59,8 +67,8 @@ class HeadScope:
                 if producer is not None and producer.op_type in ("Transpose", "MatMul"):
                     held += [str(v.name) for v in _constants_of(producer) if v.name in parameters]
             if held:
-                return train_tensors(model, sorted(set(held), key=list(parameters).index))
-        raise UnknownTensor("layer", "*", [])
+                return sorted(set(held), key=list(parameters).index)
+        return []
 
 
 def _constants_of(node: ir.Node) -> list[ir.Value]:

@@ -22,7 +22,7 @@ SETTINGS = rounds.Settings(rounds=9, nonce=NONCE)
 
 
 def task_of(device: str, number: int = 1) -> str:
-    return rounds.task_id(SETTINGS, number, rounds.Phase.TRAIN, device)
+    return rounds.task_id(SETTINGS, number, rounds.Phase.TRAIN, 1000 * number, device)
 
 
 def issued(device: str, number: int = 1) -> IssuedTask:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -22,6 +23,7 @@ from aggregator.journal import (
     is_running,
     read_journal,
 )
+from edge_sdk.errors import StorageError
 
 IDENTITY = Identity(site="bremen", job="watch", bundle="b" * 64, program="tiny/head/float")
 
@@ -181,14 +183,36 @@ def test_a_full_disk_rolls_back_the_batch_and_keeps_what_was_accepted(journal: J
     assert len(journal.offers()) == 1
 
 
+def test_a_disk_that_fails_while_it_has_room_is_not_taken_for_a_full_one(journal: Journal) -> None:
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, unlimited[1]))  # every write fails, and not for want of space
+    try:
+        with pytest.raises(StorageError, match="check the disk") as told:
+            store_large(journal)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert not isinstance(told.value, DiskFullError)
+    store_large(journal)
+    assert len(journal.offers()) == 1
+
+
 def test_old_numbers_are_compacted_below_a_floor_without_changing_the_counts(journal: Journal) -> None:
     with journal.transaction():
         for seq in range(1, 1089):
             accept(journal, upload(seq))
             journal.mark_merged(journal.updates(1, "train"), 1, keep_bodies=False)
+        for seq in range(1, 1089):
+            accept(journal, upload(seq, "dev-2", phase="evaluate"))
+            journal.mark_merged(journal.updates(1, "evaluate"), 1, keep_bodies=False)
+        journal.save_round(RoundRecord(1, "p", 0, "s" * 64, "train", merge={"updates": 1088}))
     assert journal.floor("dev-1", "0badcafe00000000") == 1088 - 1024
     assert journal.recorded("dev-1", "0badcafe00000000", 64) is None
-    assert (journal.status(1).accepted, journal.status(1).merged) == (1088, 1088)
+    status = journal.status(1)
+    assert (status.accepted, status.merged, status.trained, status.measured) == (2176, 2176, 1088, 1088)
+    assert status.duplicated == 0
+    with journal.transaction():  # a merge that folded one more than there were
+        journal.save_round(RoundRecord(1, "p", 0, "s" * 64, "train", merge={"updates": 1089}))
+    assert journal.status(1).duplicated == 1
 
 
 _WRITER = """

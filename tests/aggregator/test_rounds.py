@@ -271,19 +271,20 @@ def test_a_finished_job_goes_on_when_its_file_asks_for_more_rounds() -> None:
     assert not of(effects, rounds.FinishJob)
 
 
-def test_task_ids_differ_between_journals_rounds_phases_and_devices() -> None:
+def test_task_ids_differ_between_journals_rounds_phases_openings_and_devices() -> None:
     ids = {
-        rounds.task_id(Settings(rounds=1, nonce=nonce), number, phase, device)
+        rounds.task_id(Settings(rounds=1, nonce=nonce), number, phase, opened, device)
+        for opened in (1_764_000_000_000, 1_764_000_000_001)
         for nonce in "ab"
         for number in (1, 2)
         for phase in (Phase.TRAIN, Phase.EVALUATE)
         for device in DEVICES
     }
-    assert len(ids) == 24
+    assert len(ids) == 48
 
 
 _EVENTS = st.one_of(
-    st.tuples(st.sampled_from(["seen", "lost", "answer", "decline"]), st.sampled_from(DEVICES)),
+    st.tuples(st.sampled_from(["seen", "lost", "answer", "decline", "discard"]), st.sampled_from(DEVICES)),
     st.tuples(st.sampled_from(["deadline", "merged", "merge_failed", "yes", "no", "restart"]), st.just("")),
 )
 
@@ -294,6 +295,7 @@ def _event(state: Rounds, kind: str, device: str, now: int) -> rounds.Event:
         "seen": lambda: rounds.DeviceSeen(now, device),
         "lost": lambda: rounds.DeviceLost(now, device),
         "answer": lambda: rounds.UpdateAccepted(now, device, task),
+        "discard": lambda: rounds.Discarded(now, device, merged=now % 2 == 0),
         "decline": lambda: rounds.Declined(now, device, task, "busy"),
         "deadline": lambda: rounds.DeadlinePassed(now),
         "merged": lambda: rounds.Merged(now, f"{now:064x}"),

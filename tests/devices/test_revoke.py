@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,13 +12,14 @@ import pytest
 
 from aggregator.broker import Broker, Security
 from aggregator.job import BrokerSettings
+from devices.authority import LEAF_LIFE, make_key, new_serial, write
 from devices.control import BrokerAbsentError, Control
 from devices.enroll import EnrolError, audit_log, revoke
 from devices.registry import Registry
 from devices.roles import initial_config
-from edge_sdk import EdgeDevice
+from edge_sdk import DeviceEvent, EdgeDevice
 from edge_sdk.tls import client_context
-from edge_sdk.wire import Address
+from edge_sdk.wire import AGGREGATOR, Address
 from tests.devices.test_enroll import command
 from tests.security.rig import SITE, Client, Rig, refused_by_tls
 from tests.system.site import Site, until
@@ -102,6 +104,56 @@ def test_a_round_goes_on_without_a_device_that_was_shut_out_in_the_middle(tmp_pa
     assert {device.device: device.online for device in status.devices} == {"a": True, "b": False}
     assert [record.outcome for record in status.history][1:] == ["accepted"]
     assert status.history[1].assigned == ["a"]
+
+
+@pytest.mark.parametrize("phase", ["train", "evaluate"])
+def test_with_discard_round_nothing_that_a_revoked_device_gave_counts_in_the_open_round(
+    tmp_path: Path, phase: str
+) -> None:
+    """`bad` has answered; `good` holds the phase open until `bad` is revoked."""
+    job = {"rounds": 1, "round.deadline_seconds": 600, "gate.enabled": phase == "evaluate"}
+    site = Site(tmp_path, ["bad", "good"], tls=True, job=job)
+    assert site.authority is not None
+    with ExitStack() as stack:
+        running = stack.enter_context(site.service())
+        good, bad = (stack.enter_context(EdgeDevice.open(site.config(name))) for name in ("good", "bad"))
+
+        def hold(event: DeviceEvent) -> None:
+            if event.kind == "task_done" and good.status().updates_made == (2 if phase == "evaluate" else 0):
+                good.pause()
+
+        good.on_event = hold
+        good.start()
+        if phase == "train":
+            good.pause()
+        bad.start()
+        until(lambda: (site.status().phase, site.status().answered, site.status().round) == (phase, 1, 1))
+        assert revoke(site.authority, "bad", discard_round=True).confirmed
+        good.start()
+        status = running.wait(60)
+    first = status.history[-1]
+    assert status.set_aside["revoked"] == 1
+    if phase == "train":
+        assert (first.outcome, first.merged) == ("accepted", 1)
+        assert first.declined == {"bad": "revoked"}
+    else:
+        assert (first.outcome, first.model) == ("rolled_back", first.start)
+        assert first.reason == "the candidate was made with an update of bad, which was revoked"
+
+
+def test_a_certificate_of_the_gateway_that_nears_its_end_is_an_alarm(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["a"], samples=5, tls=True)
+    assert site.authority is not None
+    files = site.authority.folder.identity(AGGREGATOR)
+    began = dt.datetime.now(dt.UTC) - LEAF_LIFE * 0.7
+    write(
+        files.certificate, site.authority.issue(AGGREGATOR, make_key(files.key).public_key(), new_serial(), now=began)
+    )
+    with site.service():
+        until(lambda: site.status().alarms)
+    (alarm,) = site.status().alarms
+    assert alarm.kind == "certificate_aggregator"
+    assert alarm.detail.endswith("`edgewise devices renew aggregator`")
 
 
 def test_what_the_broker_retains_of_a_revoked_device_is_cleared(tmp_path: Path) -> None:

@@ -228,6 +228,34 @@ def test_a_pause_ends_when_whoever_wanted_it_ends_it(tmp_path: Path) -> None:
         until(lambda: device.status().paused == "none")
 
 
+def test_a_pause_that_the_gateway_ordered_holds_over_a_restart(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["a"], samples=5)
+    with EdgeDevice.open(site.config("a")) as device:
+        device._perform(talk.SetPaused(True))
+    with EdgeDevice.open(site.config("a")) as device:
+        device.start()
+        assert device.status().paused == "user"
+        device._perform(talk.SetPaused(False))
+        until(lambda: device.status().paused == "none")
+    with EdgeDevice.open(site.config("a")) as device:
+        assert device.status().paused == "none"
+
+
+def test_a_timer_fires_while_events_never_cease(tmp_path: Path) -> None:
+    site = Site(tmp_path, ["a"], samples=5)
+    with EdgeDevice.open(site.config("a")) as device:
+        device.start()
+        until(lambda: device._timers)  # nobody answers: it will try again
+        before = device._state.connection
+
+        def again() -> bool:
+            for _ in range(5000):
+                device._put(talk.Gate(0.0, Paused.NONE))
+            return device._state.connection > before
+
+        until(again, 10)
+
+
 def test_a_callback_may_stop_and_the_app_may_start_again(tmp_path: Path) -> None:
     site = Site(tmp_path, ["a"], job={"rounds": 1})
     devices: list[EdgeDevice] = []

@@ -16,7 +16,6 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 from torch import nn
 
-import export.build as build_module
 from edge_sdk.bundle import Bundle
 from edge_sdk.keys import SigningKey
 from edge_sdk.runtime import Predictor, Stepper
@@ -451,4 +450,3 @@ def test_the_manifest_holds_costs_and_proof(tmp_path: Path) -> None:
         # Forward, both weights' gradients, and the second layer's input: 2 + 1 products of the first, 3 of the second.
         assert program.cost["step_flops"] == 8 * 2 * (2 * 7 * 12 + 3 * 12 * 4)
         assert program.state_bytes == 3 * 4 * (7 * 12 + 12 + 12 * 4 + 4)
-    assert build_module.PRECISIONS == ("float", "int8")

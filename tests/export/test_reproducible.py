@@ -14,18 +14,29 @@ BUILD = textwrap.dedent("""
     from pathlib import Path
     from benchmarks.step_models import STEP_MODELS
     from export import ProgramSpec, build_bundle
-    name, path = sys.argv[1], Path(sys.argv[2])
-    model = STEP_MODELS[name]
-    programs = [ProgramSpec("full", precision="float", optimizer="sgd"), ProgramSpec("lora", {"rank": 2})]
-    build_bundle(model.make(0.125), model.example(6), path, name="net", loss=model.loss, programs=programs)
+    folder = Path(sys.argv[1])
+    for name in sys.argv[2:]:
+        model = STEP_MODELS[name]
+        programs = [ProgramSpec("full", precision="float", optimizer="sgd"), ProgramSpec("lora", {"rank": 2})]
+        path = folder / f"{name}.bundle"
+        build_bundle(model.make(0.125), model.example(6), path, name="net", loss=model.loss, programs=programs)
 """)
 
 
-@pytest.mark.parametrize("name", ["cnn_all", "gru", "encoder", "autoencoder"])
-def test_two_processes_write_the_same_bytes(tmp_path: Path, name: str) -> None:
-    paths = [tmp_path / f"{seed}.bundle" for seed in (1, 2)]
-    for seed, path in zip((1, 2), paths, strict=True):
-        subprocess.run(
-            [sys.executable, "-c", BUILD, name, str(path)], check=True, env={"PYTHONHASHSEED": str(seed), "PATH": ""}
-        )
-    assert paths[0].read_bytes() == paths[1].read_bytes()
+NETS = ("cnn_all", "gru", "encoder", "autoencoder")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """What each of two processes wrote of every net."""
+    made = [tmp_path_factory.mktemp(f"seed{seed}") for seed in (1, 2)]
+    for seed, folder in zip((1, 2), made, strict=True):
+        environment = {"PYTHONHASHSEED": str(seed), "PATH": ""}
+        subprocess.run([sys.executable, "-c", BUILD, str(folder), *NETS], check=True, env=environment)
+    return made
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_two_processes_write_the_same_bytes(folders: list[Path], name: str) -> None:
+    first, second = ((folder / f"{name}.bundle").read_bytes() for folder in folders)
+    assert first == second

@@ -120,7 +120,7 @@ def by_torch(
     """Loss and gradients in this precision."""
     leaves = {n: torch.tensor(v, dtype=dtype, requires_grad=True) for n, v in trained.items()}
     z = output_of(net, leaves, x, dtype)
-    loss = weighted_loss(net.model.loss, z, targets(y, dtype), torch.as_tensor(w).to(dtype))
+    loss = weighted_loss(net.model.loss, z, of_dtype(y, dtype), torch.as_tensor(w).to(dtype))
     found = torch.autograd.grad(loss, list(leaves.values()))
     return loss.item(), {n: value.numpy() for n, value in zip(leaves, found, strict=True)}
 
@@ -128,11 +128,12 @@ def by_torch(
 def output_of(net: Built, leaves: Mapping[str, torch.Tensor], x: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     frozen = {n: v.to(dtype) if v.is_floating_point() else v for n, v in tensors_of(net.module).items()}
     tensors = {**frozen, **net.applied.effective(leaves, frozen)}
-    return torch.func.functional_call(net.module, tensors, (torch.as_tensor(x).to(dtype),))
+    return torch.func.functional_call(net.module, tensors, (of_dtype(x, dtype),))
 
 
-def targets(y: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    return torch.as_tensor(y) if y.dtype == np.int64 else torch.as_tensor(y).to(dtype)
+def of_dtype(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """Labels and tokens stay integers."""
+    return torch.as_tensor(values) if values.dtype == np.int64 else torch.as_tensor(values).to(dtype)
 
 
 def weighted_loss(kind: str, z: torch.Tensor, y: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -217,7 +218,7 @@ def torch_steps(
     weights = torch.ones(len(x), dtype=dtype)
     losses = []
     for _ in range(STEPS):
-        loss = weighted_loss(net.model.loss, output_of(net, leaves, x, dtype), targets(y, dtype), weights)
+        loss = weighted_loss(net.model.loss, output_of(net, leaves, x, dtype), of_dtype(y, dtype), weights)
         losses.append(loss.item())
         reference.zero_grad()
         loss.backward()

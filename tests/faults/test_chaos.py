@@ -14,6 +14,7 @@ import pytest
 from tests.faults.audit import audit
 from tests.faults.plant import BROKER, GATEWAY, Plant, chunked_site
 
+MINUTES = int(os.environ.get("EDGEWISE_SOAK_MINUTES") or 30)  # of the long run
 SEED = "EDGEWISE_CHAOS_SEED"  # to repeat a run's kills; it is printed
 DEVICES = ["a", "b", "c"]
 WEIGHTS = {"a": 0.22, "b": 0.22, "c": 0.22, GATEWAY: 0.22, BROKER: 0.12}
@@ -23,7 +24,7 @@ WEIGHTS = {"a": 0.22, "b": 0.22, "c": 0.22, GATEWAY: 0.22, BROKER: 0.12}
     ("kills", "mean_seconds", "seed"),
     [
         pytest.param(40, 0.6, 20260112, marks=pytest.mark.faults, id="short"),
-        pytest.param(1200, 1.5, secrets.randbits(32), marks=pytest.mark.soak, id="half an hour"),
+        pytest.param(40 * MINUTES, 1.5, secrets.randbits(32), marks=pytest.mark.soak, id="long"),
     ],
 )
 def test_everything_dies_at_random(tmp_path: Path, kills: int, mean_seconds: float, seed: int) -> None:

@@ -91,6 +91,21 @@ def test_an_offer_of_one_device_is_worth_nothing_in_the_name_of_another(
     assert site.status().accepted == 1
 
 
+def test_an_offer_of_a_closed_round_is_refused_though_it_was_never_accepted(tmp_path: Path) -> None:
+    """S12: captured in round 1, which closed without it, and sent in round 2."""
+    site = Site(tmp_path, ["a", "b"], job={"rounds": 2, "gate.enabled": False, "round.quorum": 1})
+    with site.service() as running, ExitStack() as stack:
+        until(lambda: running.service._subscribed)
+        a, b = (stack.enter_context(HostileDevice(site, name)) for name in site.ids)
+        held = a.offer(honest_body(a))
+        data = honest_body(b)
+        assert b.deliver(data, b.offer(data)).status is Verdict.ACCEPTED
+        until(lambda: site.status().round == 2)
+        assert a.deliver(honest_body(a), held).reason is Reason.ROUND_CLOSED
+        assert site.status().accepted == 1
+        assert [refusal.reason for refusal in site.status().refusals] == ["round_closed"]
+
+
 def test_a_corrupt_transfer_is_asked_for_once_more_and_then_counts(
     open_round: tuple[Site, Running, HostileDevice, HostileDevice],
 ) -> None:

@@ -36,7 +36,7 @@ def results(path: Path, program_ids: list[str]) -> dict[str, Any]:
                 rows = slice(number, number + 9)
                 result = stepper.step({"d.x": x[rows], "d.y": y[rows]}, {"lr": 0.01})
                 found[f"{program_id}: loss of step {number + 1}"] = result.loss
-            trained = stepper.tensors()
+            trained = {**start, **stepper.tensors()}  # with the constants of the task
             stepper.close()
             found |= {f"{program_id}: {name} after {STEPS} steps": value for name, value in trained.items()}
             for state, tensors in (("start", start), ("trained", trained)):

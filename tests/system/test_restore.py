@@ -10,8 +10,9 @@ from edge_sdk import EdgeDevice
 from tests.system.site import Site, until
 
 
-def test_a_restored_gateway_goes_on_where_the_backup_was_made(tmp_path: Path) -> None:
-    site = Site(tmp_path, ["a", "b"], tls=True, job={"rounds": 4, "round.deadline_seconds": 10})
+def test_a_restored_gateway_trains_every_round_after_its_backup_once_more(tmp_path: Path) -> None:
+    """The devices have answered the rounds that the backup does not know of; no deadline passes in this test."""
+    site = Site(tmp_path, ["a", "b"], tls=True, job={"rounds": 4, "round.deadline_seconds": 60})
     backup = tmp_path.parent / f"{tmp_path.name}-backup"
     with ExitStack() as stack:
         devices = [stack.enter_context(EdgeDevice.open(site.config(name))) for name in site.ids]
@@ -33,13 +34,12 @@ def test_a_restored_gateway_goes_on_where_the_backup_was_made(tmp_path: Path) ->
             shutil.copytree(backup / name, tmp_path / name)
         assert site.status().round == saved.round
         with site.service() as running:
-            status = running.wait(120)
+            status = running.wait(35)
         until(lambda: all(device.status().model == status.model for device in devices))
         assert [device.status().outbox_entries for device in devices] == [0, 0]
     assert status.state == "done"
     assert status.duplicated == 0
-    # What devices answered after the backup was made, they do not answer twice: such a round closes empty.
-    outcomes = {record.round: record.outcome for record in status.history}
-    assert outcomes[saved.round - 1] == "accepted"
-    assert set(outcomes.values()) <= {"accepted", "empty", "measured"} | {outcomes[0]}
-    assert outcomes[4] == "accepted"
+    # The phase that was open in the backup may have been answered since: its tasks are declined, and its round does not count.
+    outcomes = {record.round: record.outcome for record in status.history if record.round != saved.round}
+    assert list(outcomes.values()) == ["measured", *["accepted"] * (len(outcomes) - 1)]
+    assert max(outcomes) == 4 + status.uncounted

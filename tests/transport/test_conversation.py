@@ -71,6 +71,13 @@ def test_a_connection_is_greeted_with_status_and_the_oldest_entry() -> None:
     assert of(talk.PublishOffer, effects) == [talk.PublishOffer(FIRST.upload)]
 
 
+def test_every_connection_subscribes_whatever_session_the_broker_remembers() -> None:
+    """The session may be one of an attempt whose CONNACK was lost: it knows of no subscription."""
+    state, _ = play(sync(), talk.LinkDown(20, "cut"), talk.TimerFired(21, "connect"), state=online())
+    _, effects = play(talk.LinkUp(21, session_present=True, receive_max=20), state=state)
+    assert of(talk.Subscribe, effects)
+
+
 def test_chunks_go_out_a_window_at_a_time_and_the_next_when_one_is_taken() -> None:
     need = ack(FIRST, Verdict.NEED, need=tuple(range(12)))
     state, effects = play(need, state=online(FIRST))

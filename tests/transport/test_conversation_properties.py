@@ -149,7 +149,9 @@ class World:
         self.issue()
 
     def task_of(self, device: str) -> wire.Task:
-        task = rounds.task_id(rounds.Settings(rounds=9, nonce=NONCE), self.round, rounds.Phase.TRAIN, device)
+        task = rounds.task_id(
+            rounds.Settings(rounds=9, nonce=NONCE), self.round, rounds.Phase.TRAIN, 1000 * self.round, device
+        )
         return wire.Task(
             **COMMON,
             task=task,

@@ -216,3 +216,50 @@ def test_prune_keeps_what_is_named(tmp_path: Path, outbox: Outbox, downloads: Do
     downloads.prune({digest(kept)})
     assert [path.name for path in (tmp_path / "blobs").iterdir()] == [digest(kept)]
     assert outbox.parts() == []
+
+
+def test_a_power_cut_after_any_write_leaves_a_download_that_can_be_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was not flushed when the bitmap was committed is gone; the bitmap must not know of it."""
+    data = os.urandom(11 * CHUNK + 5)
+    name, parts = digest(data), chunks_of(data)
+    outbox = Outbox(tmp_path / "outbox.sqlite")
+    downloads = Downloads(tmp_path / "blobs", outbox)
+    order: list[str] = []
+    durable: bytes | None = None  # of the part file, on a disk that keeps nothing before it must
+    moments: list[tuple[bytes | None, bytes]] = []
+    flush, save, store = os.fdatasync, outbox.save_part, downloads.store
+
+    def flushed(handle: int) -> None:
+        nonlocal durable
+        flush(handle)
+        durable = (tmp_path / "blobs" / f"{name}.part").read_bytes()
+        order.append("fdatasync")
+
+    def saved(digest: str, size: int, bitmap: bytes) -> None:
+        save(digest, size, bitmap)
+        moments.append((durable, bitmap))
+        order.append("bitmap")
+
+    monkeypatch.setattr(os, "fdatasync", flushed)
+    monkeypatch.setattr(outbox, "save_part", saved)
+    for index, part in enumerate(parts):
+        order.append("bytes")
+        store(name, len(data), index, part)
+        moments.append((durable, moments[-1][1]))
+    monkeypatch.undo()
+    assert order == ["bytes", "bitmap", *["bytes"] * 7, "fdatasync", "bitmap", *["bytes"] * 4, "fdatasync", "bitmap"]
+    for number, (left, bitmap) in enumerate(moments):
+        folder = tmp_path / f"after-{number}"
+        (folder / "blobs").mkdir(parents=True)
+        if left is not None:
+            (folder / "blobs" / f"{name}.part").write_bytes(left)
+        box = Outbox(folder / "outbox.sqlite")
+        box.save_part(name, len(data), bitmap)
+        again = Downloads(folder / "blobs", box)
+        for index in again.missing(name, len(data)):
+            again.store(name, len(data), index, parts[index])
+        assert again.finish(name), f"moment {number}: the bitmap promised what the disk did not hold"
+        box.close()
+    outbox.close()
