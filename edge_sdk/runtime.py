@@ -57,6 +57,15 @@ class StepResult:
     num_examples: int
 
 
+@dataclass(frozen=True)
+class _Served:
+    """What one prediction needs, exchanged as a whole: a call that has begun keeps the memory of its session's constants."""
+
+    session: onnxruntime.InferenceSession
+    late: Mapping[str, Array]
+    tensors: Mapping[str, Array]
+
+
 class Predictor:
     """Serves a program's `infer` graph; safe to call from several threads, also while tensors are exchanged."""
 
@@ -66,14 +75,14 @@ class Predictor:
         if program.infer is None:
             raise TaskError(f"program {program.id!r} only accumulates; it cannot predict")
         self._file, self._profile = bundle.file(program.infer), profile or RuntimeProfile()
-        self._late = late_constants(bundle, program, tensors)
-        self._session = open_session(self._file, self._profile, self._late)
+        late = late_constants(bundle, program, tensors)
+        session = open_session(self._file, self._profile, late)
         self._fields = {field.name: field for field in bundle.fields}
-        self._inputs = [value.name for value in self._session.get_inputs()]
+        self._inputs = [value.name for value in session.get_inputs()]
         self._data = [name for name in self._inputs if name.startswith("d.")]
-        self._outputs = [value.name for value in self._session.get_outputs()]
+        self._outputs = [value.name for value in session.get_outputs()]
         self._program, self._bundle = program, bundle
-        for name, _, shape in inputs_of(self._session):
+        for name, _, shape in inputs_of(session):
             entry = next((e for t in program.reads if (e := bundle.tensors[t]).graph_name == name), None)
             if name not in self._fields and (entry is None or entry.shape != shape):
                 raise BundleError(
@@ -81,15 +90,16 @@ class Predictor:
                     f"{name} of {program.infer} is {list(shape)}, the table has "
                     f"{'no such tensor' if entry is None else list(entry.shape)}"
                 )
-        self._tensors: dict[str, Array] = {}
-        self.set_tensors(tensors)
+        self._served = _Served(session, late, _by_graph_name(bundle, program, tensors, self._inputs))
 
     def set_tensors(self, tensors: Tensors) -> None:
         """Serve with these tensors (table names) from the next call on. Raises `TaskError` if one is missing or misshapen."""
-        late = late_constants(self._bundle, self._program, tensors)
-        if any((value != self._late[name]).any() for name, value in late.items()):
-            self._session, self._late = open_session(self._file, self._profile, late), late
-        self._tensors = _by_graph_name(self._bundle, self._program, tensors, self._inputs)
+        session, late = self._served.session, self._served.late
+        inputs = _by_graph_name(self._bundle, self._program, tensors, self._inputs)
+        wanted = late_constants(self._bundle, self._program, tensors)
+        if any((value != late[name]).any() for name, value in wanted.items()):
+            session, late = open_session(self._file, self._profile, wanted), wanted
+        self._served = _Served(session, late, inputs)
 
     def predict(self, x: Array | Mapping[str, Array]) -> Array | dict[str, Array]:
         """Run the model on a batch `[n, *shape]` or on one sample `[*shape]` of the bundle's input field.
@@ -106,7 +116,8 @@ class Predictor:
         batch = {name: value[None] if single else value for name, value in given.items()}
         if check_batch(self._fields, batch) == 0:
             raise SampleError("the batch is empty; expected at least one sample")
-        values = self._session.run(self._outputs, {**self._tensors, **batch})
+        served = self._served
+        values = served.session.run(self._outputs, {**served.tensors, **batch})
         if single:
             values = [value[0] for value in values]
         return values[0] if len(values) == 1 else dict(zip(self._outputs, values, strict=True))

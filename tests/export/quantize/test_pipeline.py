@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,24 @@ def test_new_scales_reach_a_device_without_a_new_bundle(tmp_path: Path) -> None:
             TaskError, match=r"'scale.d.x' of 'net/evaluate/int8' should be float32 \[\], found float32 \[3\]"
         ):
             predictor.set_tensors(wrong)
+        assert score(np.asarray(predictor.predict(data.held_x)), data.held_y) == before
+
+        answers = [np.asarray(Predictor(opened, program, held).predict(data.held_x[:40])) for held in (start, new)]
+        told: list[np.ndarray] = []
+        stop = threading.Event()
+        asking = threading.Thread(
+            target=lambda: [
+                told.append(np.asarray(predictor.predict(data.held_x[:40]))) for _ in iter(stop.is_set, True)
+            ]
+        )
+        asking.start()
+        for _ in range(15):
+            predictor.set_tensors(new)
+            predictor.set_tensors(start)
+        stop.set()
+        asking.join()
+        assert told
+        assert all(any(np.array_equal(found, answer) for answer in answers) for found in told)
 
 
 SPEC = """
