@@ -6,7 +6,8 @@ Rules (transport.md, sections 1, 5, 8.2, 10)
    again.
 2. The sender is the topic segment `dev/{id}`; no field of a body names it. Everything here is keyed by that
    id.
-3. Size and geometry are checked before anything is written, the signature before everything else.
+3. Size and geometry are checked before anything is written, the signature before everything else; what has none that
+   can be read touches no upload that is open.
 4. Effects are of two kinds. `Durable` ones are written by the shell in one transaction per batch; the others
    (acks, chunks, verification) follow the commit, so a verdict never precedes what it promises. If the
    transaction fails the shell keeps the old state, which is why the state is immutable.
@@ -19,7 +20,7 @@ Transitions of one upload (in this order; the first row that fits)
 ------------------------------------------------------------------
 | state           | event                                      | effects                                         | next            |
 |-----------------|--------------------------------------------|-------------------------------------------------|-----------------|
-| any             | OfferedUnreadably                          | Refuse, Ack rejected unsupported_version, Alarm | same            |
+| UNKNOWN         | OfferedUnreadably                          | Refuse, Ack rejected unsupported_version, Alarm | same            |
 | any             | Offered, signature wrong                   | Refuse, Ack rejected bad_signature, Alarm       | same            |
 | any             | Offered, in the ledger with this digest    | Ack accepted                                    | same            |
 | any             | Offered, in the ledger with another digest | Refuse, Ack rejected seq_conflict, Alarm        | same            |
@@ -223,7 +224,7 @@ class Offered(Event):
 
 @dataclass(frozen=True)
 class OfferedUnreadably(Event):
-    """A signed offer of another major version: no more of it can be read than which upload it offers."""
+    """An offer of another major version: neither it nor its signature can be read, only which upload it offers."""
 
     device: str
     upload: str
@@ -539,6 +540,8 @@ def _ration(state: Intake, device: str, upload: str, now: int) -> Result:
 
 def _offered_unreadably(state: Intake, event: OfferedUnreadably) -> Result:
     key = (event.device, event.upload)
+    if key in state.uploads:
+        return state, ()  # it was offered under a signature; this one nobody can check
     state, told_to_wait = _ration(state, *key, event.now)
     if told_to_wait:
         return state, told_to_wait

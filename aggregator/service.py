@@ -22,7 +22,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -180,7 +180,8 @@ class Service:
         self._deadline: int | None = None
         self._record: RoundRecord | None = None
         self._traffic: dict[str, list[int]] = {}
-        self._served: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()  # bytes over HTTPS, from its threads
+        self._served: Counter[str] = Counter()  # device -> bytes over HTTPS, from its threads
+        self._serving = threading.Lock()
         self._digests: OrderedDict[str, str] = OrderedDict()  # upload -> digest of its last offer
         self._blocked = False  # the disk is full: nothing can be committed
         self._held: dict[str, Message] = {}  # device -> its last status, for when the disk has room again
@@ -224,7 +225,7 @@ class Service:
                     job.blobs.port,
                     security.folder,
                     find=self._find_blob,
-                    served=lambda device, count: self._served.put((device, count)),
+                    served=self._note_served,
                 )
                 server.start()
                 stack.callback(server.stop)
@@ -692,8 +693,7 @@ class Service:
         told = {device: (program, answer.reasons.get(device, ""), now) for device, program in answer.programs.items()}
         self._record = replace(self._record, programs={**self._record.programs, **told})
         journal.save_round(self._record)
-        if answer.state is not None:
-            journal.set_meta(_ASSIGNER, json.dumps({"row": last, "state": answer.state}))
+        journal.set_meta(_ASSIGNER, json.dumps({"row": last, "state": answer.state}))
 
     def _task(self, effect: rounds.IssueTasks, task_id: str, program: Program, assigned: Assignment) -> wire.Task:
         start = self._fold.start_of(effect.round, effect.start, program)
@@ -805,10 +805,15 @@ class Service:
             return None
         return self._blobs.path(digest)
 
+    def _note_served(self, device: str, count: int) -> None:
+        with self._serving:
+            self._served[device] += count
+
     def _flush_traffic(self, number: int) -> None:
         """Store the counts and start new ones; the old ones stay as they are, for a transaction that fails goes back to them."""
-        for _ in range(self._served.qsize()):
-            device, count = self._served.get()
+        with self._serving:
+            served, self._served = self._served, Counter()
+        for device, count in served.items():
             self._count(device, down=count)
         for device, (up, down) in self._traffic.items():
             self._journal.add_traffic(number, device, up, down)

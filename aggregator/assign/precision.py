@@ -42,6 +42,9 @@ SLOW: Final = 1.5  # times the expected seconds, ...
 SLOW_ROUNDS: Final = 2  # ... in so many rounds running
 STRIKES: Final = 2
 REST: Final = 3  # looks for which a device that was changed back stays as it is
+STEP_MS_LIMITS: Final = (1e-4, 1e8)  # of what a device says a step takes: 0.1 us to a day
+_LONGEST: Final = 1e12
+_NO_RATIO: Final = 1000.0
 _EPOCH: Final = 5  # rounds of a look where the fine step is off
 
 
@@ -59,7 +62,6 @@ class Joined(Event):
     ratio: float
     drop: float
     fits: bool = True
-    watts: float | None = None
     measured: bool = False
 
 
@@ -119,7 +121,6 @@ class Known:
     ratio: float
     drop: float
     fits: bool = True
-    watts: float | None = None
     measured: bool = False  # whether `ratio` is
     present: bool = True
     step_ms: Mapping[str, float] = field(default_factory=dict)  # by program, as of now
@@ -149,7 +150,6 @@ class Known:
             self.steps,
             self.bits,
             self.fits,
-            self.watts,
         )
 
     def trained(self, event: Trained) -> Known:
@@ -164,6 +164,8 @@ class Known:
         if self.last == other:  # both within two rounds: this is what the ratio is
             sample = event.step_ms / self.step_ms[other]
             sample = sample if event.choice is Choice.QAT else 1 / sample
+            # Far outside `RATIO_LIMITS` it is refused all the same; here it only must not run away.
+            sample = min(max(sample, 1 / _NO_RATIO), _NO_RATIO)
             ratio = HALF * sample + HALF * ratio if measured else sample
             measured = True
             new = event.step_ms
@@ -197,7 +199,7 @@ class Flips:
 class State:
     """Everything that `decide` remembers. `coarse` and `flipped` map devices to choices; a flip overrules.
 
-    `due`: the coarse step must run at the next round. `resting`: device -> the round until which it stays as it is. `losses`
+    `told`: what was decided for `round`. `due`: the coarse step must run at the next round. `resting`: device -> the round until which it stays as it is. `losses`
     are those since the last look, `earlier` those before it.
     """
 
@@ -211,6 +213,7 @@ class State:
     scale: Scale | None = None
     statistics: Statistics = Statistics()
     phi: tuple[float, ...] = ()  # of the last assignment
+    told: Mapping[str, Choice] = field(default_factory=dict)
     round: int = 0
     looked: int = 0  # the round of the last look
     due: bool = True
@@ -265,7 +268,7 @@ def _joined(state: State, event: Joined) -> State:
         if held.present:
             return state
         return replace(_with(state, event.device, replace(held, present=True)), due=True)
-    known = Known(event.bits, event.ratio, event.ratio, event.drop, event.fits, event.watts, event.measured)
+    known = Known(event.bits, event.ratio, event.ratio, event.drop, event.fits, event.measured)
     return replace(_with(state, event.device, known), due=True)
 
 
@@ -289,14 +292,18 @@ def _trained(state: State, events: Iterable[Trained]) -> State:
 
 
 def _finding(event: Trained) -> str:
-    for name, value, least in (
-        ("step_ms", event.step_ms, 0.0),
-        ("seconds", event.seconds, 0.0),
-        ("num_examples", event.num_examples, 0.0),
-        ("steps", float(event.steps), 0.0),
+    for name, value, least, most in (
+        ("step_ms", event.step_ms, *STEP_MS_LIMITS),
+        ("seconds", event.seconds, 0.0, _LONGEST),
+        ("num_examples", event.num_examples, 0.0, _LONGEST),
+        ("steps", float(event.steps), 0.0, _LONGEST),
     ):
-        if not (math.isfinite(value) and value > least):
-            return f"{name} is {value:g}, expected above 0"
+        if not (least <= value <= most and value > 0):
+            return (
+                f"{name} is {value:g}, expected {least:g} to {most:g}"
+                if least
+                else f"{name} is {value:g}, expected above 0"
+            )
     return ""
 
 
@@ -322,6 +329,8 @@ def _validated(state: State, loss: float) -> State:
 
 
 def _open(state: State, event: Opened) -> tuple[State, Assignment, Reasons]:
+    if event.round == state.round and state.told:
+        return _late(state, event)
     state = replace(state, round=event.round)
     every = state.settings.fine.every or _EPOCH
     look = event.round - state.looked >= every
@@ -339,7 +348,17 @@ def _open(state: State, event: Opened) -> tuple[State, Assignment, Reasons]:
         profile = devices[device].profile
         if device in profiles and (again or not devices[device].expected or choice != devices[device].last):
             devices[device] = replace(devices[device], expected=profile.seconds(choice))
-    return replace(state, phi=phi, devices=devices, due=False), assignment, reasons
+    return replace(state, phi=phi, devices=devices, told=assignment, due=False), assignment, reasons
+
+
+def _late(state: State, event: Opened) -> tuple[State, Assignment, Reasons]:
+    """Devices come to a round that is open: what the others were told holds, and so does what is learned from it."""
+    found, reasons = _assigned(state, event)
+    assignment = {**found, **state.told}
+    phi = state.phi
+    if state.scale is not None:
+        phi = tuple(phi_of(_usable(state), assignment, state.scale).tolist())
+    return replace(state, phi=phi, told=assignment), {device: assignment[device] for device in found}, reasons
 
 
 def _measured_anew(state: State) -> State:
@@ -452,7 +471,7 @@ def _flip(state: State) -> State:
     taken: list[str] = []
     for device in wanted:
         choice = _other(now[device])
-        if len(taken) == most or not _affordable(profiles, {**now, device: choice}, limits, settings):
+        if len(taken) == most or not _affordable(profiles, {**now, device: choice}, limits):
             continue
         now[device] = choice
         taken.append(device)
@@ -469,11 +488,7 @@ def _other(choice: Choice) -> Choice:
     return Choice.PTQ if choice is Choice.QAT else Choice.QAT
 
 
-def _affordable(
-    profiles: Mapping[str, Profile], choices: Assignment, limits: Allocation, settings: PrecisionSettings
-) -> bool:
-    if settings.budget == "max_joules":
-        return sum(profiles[d].joules for d, c in choices.items() if c is Choice.QAT) <= settings.max_joules
+def _affordable(profiles: Mapping[str, Profile], choices: Assignment, limits: Allocation) -> bool:
     return round_seconds(profiles, choices) <= max(limits.budget_seconds, limits.least_seconds)
 
 
@@ -489,6 +504,7 @@ def state_to_json(state: State) -> dict[str, Any]:
         "scale": to_json(state.scale),
         "statistics": to_json(state.statistics),
         "phi": list(state.phi),
+        "told": dict(state.told),
         "round": state.round,
         "looked": state.looked,
         "due": state.due,
@@ -514,6 +530,7 @@ def state_from_json(settings: PrecisionSettings, saved: Mapping[str, Any]) -> St
         scale=None if scale is None else Scale(*(tuple(part) for part in scale)),
         statistics=Statistics(*(tuple(part) for part in saved["statistics"])),
         phi=tuple(saved["phi"]),
+        told={device: Choice(choice) for device, choice in saved["told"].items()},
         round=saved["round"],
         looked=saved["looked"],
         due=saved["due"],

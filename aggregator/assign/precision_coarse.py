@@ -40,7 +40,6 @@ class Reason(StrEnum):
     NO_DROP = "no-drop"  # PTQ costs this device no accuracy
     NO_NEED = "no-need"  # others give the gain that was asked for
     DOES_NOT_FIT = "does-not-fit"
-    ENERGY = "energy"
     UNPROFILED = "unprofiled"
     MEASURING = "measuring"  # one round of QAT, since nobody knows what its step costs here
     LEARNED = "learned"
@@ -53,8 +52,8 @@ class Profile:
     """What the allocation knows of a device: the six numbers of section 1, and what bundle and task say.
 
     `ptq_ms`, `qat_ms`: milliseconds of a step; `other_seconds`: transfer and queue in a round; `skew`: kappa, nats;
-    `drop`: delta, accuracy from -1 to 1; `steps` of a task; `fits`: the QAT program fits the device; `watts` while it
-    trains. Self-reported, so they steer time and precision only.
+    `drop`: delta, accuracy from -1 to 1; `steps` of a task; `fits`: the QAT program fits the device.
+    Self-reported, so they steer time and precision only.
     """
 
     ptq_ms: float
@@ -66,7 +65,6 @@ class Profile:
     steps: int = 1
     bits: int = 8
     fits: bool = True
-    watts: float | None = None
 
     def seconds(self, choice: Choice) -> float:
         """How long a round takes this device."""
@@ -76,11 +74,6 @@ class Profile:
     def ratio(self) -> float:
         """rho: what a QAT step costs, in PTQ steps."""
         return self.qat_ms / self.ptq_ms
-
-    @property
-    def joules(self) -> float:
-        """What QAT costs more in a round; 0 for a device that says no watts."""
-        return self.steps * (self.qat_ms - self.ptq_ms) / 1000 * (self.watts or 0.0)
 
     @property
     def worth(self) -> float:
@@ -98,7 +91,6 @@ class Profile:
             ("steps", self.steps, 0.0, math.inf, True),
             ("skew", self.skew, 0.0, math.inf, False),
             ("drop", self.drop, -1.0, 1.0, False),
-            ("watts", self.watts or 0.0, 0.0, math.inf, False),
         ):
             if not least <= value <= most or value == math.inf or (open_below and value == least):
                 expected = (
@@ -145,8 +137,7 @@ class Allocation:
 def allocate(profiles: Mapping[str, Profile], settings: PrecisionSettings) -> Allocation:
     """The coarse step, O(K log K).
 
-    With `max_joules` the eligible devices are taken by value per joule until the cap: greedy, so not always the best, as
-    for any knapsack. With `min_gain` the breakpoints are walked upward until the sum of values, in accuracy, is reached. A
+    With `min_gain` the breakpoints are walked upward until the sum of values, in accuracy, is reached. A
     budget below T_min cannot be kept; what costs no more than T_min is upgraded all the same. Ties go by device id.
     """
     verdicts: dict[str, Verdict] = {}
@@ -165,9 +156,8 @@ def allocate(profiles: Mapping[str, Profile], settings: PrecisionSettings) -> Al
     least = round_seconds(known, {})
     budget = _budget(able, known, least, settings)
     breakpoints = tuple(sorted((profile.seconds(Choice.QAT), d) for d, profile in known.items() if profile.fits))
-    chosen = _within_energy(able, settings.max_joules) if settings.budget == "max_joules" else set(able)
     for device, profile in able.items():
-        verdicts[device] = _verdict(profile, least, budget, settings, chosen=device in chosen)
+        verdicts[device] = _verdict(profile, least, budget, settings)
     ordered = dict(sorted(verdicts.items()))
     choices = {device: verdict.choice for device, verdict in ordered.items()}
     return Allocation(ordered, breakpoints, round_seconds(known, choices), least, budget)
@@ -191,8 +181,6 @@ def _budget(
         return max(settings.round_seconds, least)
     if settings.budget == "time_factor":
         return settings.time_factor * least if least else 0.0
-    if settings.budget == "max_joules":
-        return math.inf
     worth, gained = values(known), 0.0
     for seconds, device in sorted((profile.seconds(Choice.QAT), device) for device, profile in able.items()):
         gained += worth[device]
@@ -201,26 +189,8 @@ def _budget(
     return math.inf
 
 
-def _within_energy(able: Mapping[str, Profile], cap: float) -> set[str]:
-    worth = values(able)
-    spent, chosen = 0.0, set()
-
-    def per_joule(device: str) -> float:
-        return worth[device] / able[device].joules if able[device].joules > 0 else math.inf
-
-    for device in sorted(able, key=lambda name: (-per_joule(name), name)):
-        if spent + max(able[device].joules, 0.0) <= cap:
-            spent += max(able[device].joules, 0.0)
-            chosen.add(device)
-    return chosen
-
-
-def _verdict(profile: Profile, least: float, budget: float, settings: PrecisionSettings, *, chosen: bool) -> Verdict:
+def _verdict(profile: Profile, least: float, budget: float, settings: PrecisionSettings) -> Verdict:
     needed = profile.seconds(Choice.QAT)
-    if not chosen:
-        return Verdict(
-            Choice.PTQ, Reason.ENERGY, f"{profile.joules:.3g} J more a round, of {settings.max_joules:g} J for all"
-        )
     if needed > budget and settings.budget == "min_gain":
         return Verdict(Choice.PTQ, Reason.NO_NEED, f"faster devices give the gain of {settings.min_gain:g}")
     if needed > budget:

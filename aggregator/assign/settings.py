@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-BUDGETS = ("time_factor", "round_seconds", "max_joules", "min_gain")
+BUDGETS = ("time_factor", "round_seconds", "min_gain")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,6 @@ class PrecisionSettings:
     programs: Mapping[str, str] = field(default_factory=dict)
     time_factor: float = 1.2
     round_seconds: float = 0.0
-    max_joules: float = 0.0
     min_gain: float = 0.0
     min_drop: float = 0.005
     drop: float = 0.0

@@ -3,14 +3,14 @@
     W_new = sum_k p_k (s_k * I_k),      |W_new - sum_k p_k W_k| <= 1/2 sum_k p_k s_k  elementwise
 
 (methods/precision.md, section 5; FedHQ's own rule could not be consulted, FedMPQ, arXiv 2311.18129, states this one.) Nothing here
-takes integers without their scales. The sum is that of `aggregator.merge.sums`, a monoid of float64 sums; what travels is
-decoded by `edge_sdk.update`. Ranges of activations are merged too, each kind with its own: those of QAT programs and
-those calibrated for PTQ programs are not comparable numbers.
+takes integers without their scales. The sum is that of `aggregator.merge.sums`, a monoid of float64 sums. This is for updates
+that are integers of the weights themselves, as in the study of `benchmarks.precision`; a device's updates are encoded changes,
+which `edge_sdk.update` decodes with their own scales. Ranges of activations are `edge_sdk.ranges`' business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -107,25 +107,3 @@ def dequantized(
             raise MergeError(f"tensor {name!r} has shape {list(found.shape)}, expected {wanted}")
         values[name] = found
     return values
-
-
-@dataclass(frozen=True)
-class Range:
-    """What one tensor of activations ranged over: `kind` says who measured it, for instance a program's precision."""
-
-    tensor: str
-    kind: str
-    low: float
-    high: float
-
-
-def merge_ranges(ranges: Iterable[Range]) -> dict[tuple[str, str], Range]:
-    """(tensor, kind) -> the union of its ranges, in any order. Raises `MergeError` for a range that is none."""
-    merged: dict[tuple[str, str], Range] = {}
-    for found in ranges:
-        if not (np.isfinite(found.low) and np.isfinite(found.high) and found.low <= found.high):
-            raise MergeError(f"the range of {found.tensor!r} is {found.low:g} to {found.high:g}")
-        held = merged.get((found.tensor, found.kind), found)
-        low, high = min(held.low, found.low), max(held.high, found.high)
-        merged[found.tensor, found.kind] = Range(found.tensor, found.kind, low, high)
-    return dict(sorted(merged.items()))

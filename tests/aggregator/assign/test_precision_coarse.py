@@ -134,20 +134,6 @@ def test_a_budget_below_what_ptq_takes_still_gives_what_is_free() -> None:
     assert {d for d, choice in found.choices.items() if choice is Choice.QAT} == {"a", "c"}
 
 
-def test_energy_goes_where_a_joule_is_worth_most() -> None:
-    plant = {
-        "frugal": Profile(10, 20, 0, 100, drop=0.05, steps=100, watts=1.0),  # 1 J
-        "hungry": Profile(10, 20, 0, 100, drop=0.05, steps=100, watts=4.0),  # 4 J
-        "worth it": Profile(10, 20, 0, 900, drop=0.05, steps=100, watts=4.0),
-    }
-    found = allocate(plant, replace(USUAL, max_joules=5.0))
-    assert {d: v.reason for d, v in found.verdicts.items()} == {
-        "frugal": Reason.WITHIN_BUDGET,
-        "hungry": Reason.ENERGY,
-        "worth it": Reason.WITHIN_BUDGET,
-    }
-
-
 def test_a_gain_that_is_asked_for_is_reached_with_the_fastest_devices() -> None:
     worth = values({device: PLANT[device] for device in "abcdef"})
     found = allocate(PLANT, replace(USUAL, min_gain=worth["a"] + 1e-6))

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from aggregator.assign import Assigner, Question, Worked, assigner_for
 from aggregator.job import JobError, check_against, load_job
@@ -71,7 +73,7 @@ def made(folder: Path, bundle: Bundle, *changes: tuple[str, str]) -> Assigner:
         ("drop = 0.05", "drop = 0.05\ntime_factor = 0.9", "assign.precision.time_factor = 0.9 must be 1 or more"),
         ("drop = 0.05", "drop = 0.05\ntime_factor = nan", "assign.precision.time_factor = nan must be a number"),
         ("drop = 0.05", "drop = 0.05\nmin_gain = inf", "assign.precision.min_gain = inf must be a number"),
-        ("drop = 0.05", "drop = 0.05\ntime_factor = 1.1\nmax_joules = 3", "time_factor and .*max_joules exclude each other"),
+        ("drop = 0.05", "drop = 0.05\ntime_factor = 1.1\nround_seconds = 3", "time_factor and .*round_seconds exclude each other"),
         ("drop = 0.05", "drop = 0.05\nfine = { evry = 5 }", "did you mean 'assign.precision.fine.every'"),
         (f'ptq = "{PTQ}", ', "", "names the programs ptq and qat, found qat"),
         (f'program = "{QAT}"', f'program = "{HEAD}"', "must be one of assign.precision.programs"),
@@ -155,3 +157,42 @@ def test_a_loss_counts_once_a_round(tmp_path: Path, bundle: Bundle) -> None:
     rounds.next(loss=0.5)  # a device came late
     assert rounds.state is not None
     assert rounds.state["losses"] == [0.5]
+
+
+POSITIVE = st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False)
+
+
+@given(st.lists(st.tuples(st.sampled_from([PTQ, QAT]), POSITIVE, POSITIVE), min_size=1, max_size=12))
+@example([(PTQ, 1e300, 1.0), (QAT, 1e-300, 1.0)])
+@example([(PTQ, 5e-324, 1.0)] * 12)
+def test_no_number_of_a_device_stops_the_gateway(
+    bundle: Bundle, tmp_path_factory: pytest.TempPathFactory, told: list[tuple[str, float, float]]
+) -> None:
+    """Times are whatever a device says; what is impossible is refused, or changes nobody's round but its own."""
+    assigner = made(tmp_path_factory.mktemp("job"), bundle)
+    state = None
+    for number, (program, step_ms, seconds) in enumerate(told, 1):
+        work = [
+            Worked("odd", program, seconds, 10, {"step_ms": step_ms}),
+            Worked("even", PTQ, 1.0, 10, {"step_ms": 5.0}),
+        ]
+        question = Question(number, 20, ["even", "odd"], frozenset(), work if number > 1 else [])
+        answer = assigner.answer(state, question)
+        state = json.loads(json.dumps(answer.state, allow_nan=False))
+        assert set(answer.programs) == {"even", "odd"}
+
+
+def test_a_device_that_comes_late_moves_nobody_else(bundle: Bundle, tmp_path: Path) -> None:
+    assigner = made(tmp_path, bundle)
+    first = assigner.answer(None, Question(1, 20, ["a", "b"], frozenset({"a", "b"})))
+    work = [Worked(device, PTQ, 1.0, 10, {"step_ms": ms}) for device, ms in (("a", 5.0), ("b", 9.0))]
+    second = assigner.answer(first.state, Question(2, 20, ["a", "b"], frozenset({"a", "b"}), work))
+    late = assigner.answer(second.state, Question(2, 20, ["c"], frozenset({"a", "b", "c"})))
+    assert set(late.programs) == {"c"}
+    assert late.state is not None
+    assert second.state is not None
+    told = {device: late.state["told"][device] for device in ("a", "b")}
+    assert told == second.state["told"]
+    assert late.state["due"]  # at the next round everybody is looked at anew
+    again = assigner.answer(late.state, Question(2, 20, ["a"], frozenset({"a", "b", "c"})))
+    assert again.programs["a"] == second.programs["a"]

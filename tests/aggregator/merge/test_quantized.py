@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aggregator.merge import Contribution, MergeError
-from aggregator.merge.quantized import Quantized, Range, dequantize, dequantized, levels, merge_ranges, quantize
+from aggregator.merge.quantized import Quantized, dequantize, dequantized, levels, quantize
 from aggregator.merge.sums import Sums
 
 SHAPE = (6, 5)
@@ -114,18 +114,3 @@ def test_an_update_of_another_program_or_base_is_refused(given: dict[str, Any], 
     dequantized(**usual)
     with pytest.raises(MergeError, match=message):
         dequantized(**{**usual, **given})
-
-
-def test_ranges_are_merged_by_kind_and_never_together() -> None:
-    found = [
-        Range("a", "qat3", -1, 2),
-        Range("a", "ptq3", -30, 40),
-        Range("a", "qat3", -3, 1),
-        Range("b", "ptq3", 0, 1),
-    ]
-    merged = merge_ranges(found)
-    assert merged == merge_ranges(reversed(found))
-    assert merged["a", "qat3"] == Range("a", "qat3", -3, 2)
-    assert merged["a", "ptq3"] == Range("a", "ptq3", -30, 40)
-    with pytest.raises(MergeError, match="the range of 'a' is 2 to 1"):
-        merge_ranges([Range("a", "qat3", 2, 1)])
