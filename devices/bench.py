@@ -87,7 +87,9 @@ def _times(bundle: Bundle, program: Program, profile: RuntimeProfile, runs: int)
     draw = np.random.default_rng(0)
     fields = {held.name: held for held in bundle.fields}
     count = program.batch_default
-    x = draw.normal(size=(count, *fields[INPUT].shape)).astype(np.float32)
+    shape, dtype = (count, *fields[INPUT].shape), np.dtype(fields[INPUT].dtype)
+    # Token 1 is in every vocabulary, and 0 often the filling behind a text; of others only the model knows.
+    x: Array = draw.normal(size=shape).astype(dtype) if dtype.kind == "f" else np.ones(shape, dtype)
     target = fields[TARGET]
     y: Array = (
         draw.integers(0, target.classes or 2, count)
@@ -191,7 +193,7 @@ def _run_alone(model: Path | None) -> dict[str, int]:
         options.intra_op_num_threads, options.log_severity_level = 1, 3
         session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         feeds = {
-            value.name: np.zeros([size if isinstance(size, int) else 1 for size in value.shape], np.float32)
+            value.name: np.zeros([size if isinstance(size, int) else 1 for size in value.shape], _DTYPES[value.type])
             for value in session.get_inputs()
         }
         for _ in range(50):
@@ -201,6 +203,7 @@ def _run_alone(model: Path | None) -> dict[str, int]:
     return {f"{name.lower()}_kb": int(status[key]) for name, key in _STATUS.items()}
 
 
+_DTYPES: Final = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
 _STATUS: Final = {"vmhwm": "VmHWM", "rss_anon": "RssAnon", "rss_file": "RssFile"}
 
 

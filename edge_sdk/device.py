@@ -397,6 +397,8 @@ class EdgeDevice:
                         faults.point("D5")
             case _Streamed():
                 self._streamed(event)
+            case _StreamEnded():
+                self._stream_ended(event)
             case _Look():
                 self._set_timer("look", _LOOK_AGAIN)
             case _OutboxGrew():
@@ -468,6 +470,8 @@ class EdgeDevice:
                 fetch = wire.Fetch(**self._common(), digest=name, ranges=ranges)
                 self._publish(self._address.fetch(self.config.id), self._encode(fetch), "fetch", expiry=30)
             case talk.FetchHttp(name, size, ranges):
+                if name in self._http:  # of a task that was cleared: its end is not that of this one
+                    self._http[name].over.set()
                 self._http[name] = stream = _Stream()
                 arguments = (stream, name, size, ranges)
                 threading.Thread(target=self._stream, args=arguments, name="edgewise-http", daemon=True).start()
@@ -667,18 +671,25 @@ class EdgeDevice:
                 while not stream.room.acquire(timeout=0.2):
                     if stream.over.is_set():
                         return
-                self._put(_Streamed(_now(), name, index, data))
+                self._put(_Streamed(_now(), stream, name, index, data))
         except EdgewiseError as error:
             log.info("%s: %s; going on over MQTT if it happens again", self.config.id, error)
         except Exception:
             log.exception("%s: a blob could not be fetched over HTTPS", self.config.id)
         finally:
-            self._put(talk.HttpEnded(_now(), name))
+            self._put(_StreamEnded(_now(), stream, name))
+
+    def _stream_ended(self, event: _StreamEnded) -> None:
+        if self._http.get(event.digest) is event.stream:
+            del self._http[event.digest]
+            self._advance(talk.HttpEnded(event.now, event.digest))
 
     def _streamed(self, event: _Streamed) -> None:
-        stream = self._http[event.digest]
+        stream = event.stream
         stream.room.release()
         self._http_received += len(event.data)
+        if stream.over.is_set():
+            return
         if all(b is None or b.digest != event.digest for b in (self._state.start, self._state.model)):
             stream.over.set()  # nobody needs it any longer
             return
@@ -991,9 +1002,18 @@ class _Look(talk.Event):
 class _Streamed(talk.Event):
     """A chunk that came over HTTPS."""
 
+    stream: _Stream
     digest: str
     index: int
     data: bytes
+
+
+@dataclass(frozen=True)
+class _StreamEnded(talk.Event):
+    """No more comes of it."""
+
+    stream: _Stream
+    digest: str
 
 
 class _Stream:

@@ -154,12 +154,11 @@ class Link:
         topic: str,
         payload: bytes,
         *,
-        qos: int = 1,
         retain: bool = False,
         expiry: int | None = None,
         kind: str = "",
     ) -> int:
-        """Hand a message to paho and return its `mid`; `Sent(mid)` follows for QoS 1.
+        """Hand a message to paho and return its `mid`; `Sent(mid)` follows: QoS 1.
 
         `expiry` in seconds and `kind` (content type) are MQTT 5 hints. Raises `TooLarge`, and `LinkError` when there is no
         connection or paho's queue is full: the message is then not sent.
@@ -174,15 +173,14 @@ class Link:
             if expiry is not None:
                 properties.MessageExpiryInterval = max(1, expiry)
             properties.ContentType = f"application/vnd.edgewise.{kind}+json" if kind else "application/octet-stream"
-        info = client.publish(topic, payload, qos, retain, properties)
+        info = client.publish(topic, payload, 1, retain, properties)
         if info.rc != mqtt.MQTT_ERR_SUCCESS:
             raise LinkError(f"{self._url}: the message to {topic} was not taken ({mqtt.error_string(info.rc)})")
-        if qos:
-            with self._counting:
-                if info.mid in self._early:
-                    self._early.remove(info.mid)
-                else:
-                    self._unacknowledged.add(info.mid)
+        with self._counting:
+            if info.mid in self._early:
+                self._early.remove(info.mid)
+            else:
+                self._unacknowledged.add(info.mid)
         self.bytes_sent += len(topic) + len(payload)
         return int(info.mid)
 

@@ -132,6 +132,16 @@ def scale_of(low: float, high: float, most: int = 255) -> tuple[np.float32, int]
     return scale, int(np.rint(-low / float(scale)))
 
 
+def _entering(name: str, late: Mapping[str, Array]) -> str:
+    """The activation that a bias names: what stands behind one of its `ENTERING`, the longest that has a scale."""
+    parts = name.split(ENTERING)
+    for start in range(1, len(parts)):
+        tensor = ENTERING.join(parts[start:])
+        if SCALE + tensor in late:
+            return tensor
+    raise RangeError(f"{name!r} belongs to no scale of the integer graph: export it again")
+
+
 # Names in the tensor table of what a calibration changes in an integer graph; a bias says what enters its layer.
 SCALE, ZERO_POINT, BIAS, BIAS_SCALE, ENTERING = "scale.", "zero_point.", "bias.", "bias_scale.", ".after."
 
@@ -154,7 +164,9 @@ def rescaled(late: Mapping[str, Array], ranges: Mapping[str, tuple[float, float]
             raise RangeError(f"{name!r} is no scale, zero point or bias of an integer graph")
     limit = 2**31 - 1
     for name in late:
-        tensor = name.rpartition(ENTERING)[2]
+        if not name.startswith((BIAS, BIAS_SCALE)):
+            continue
+        tensor = _entering(name, late)
         if tensor not in factors:
             continue
         if name.startswith(BIAS_SCALE):

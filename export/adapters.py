@@ -166,7 +166,8 @@ def _weight(pair: Pair, master: Tensors) -> tuple[str, slice]:
 
 def _check_folds(bundle: Bundle, master: Tensors) -> None:
     """Serving in integers folds batch norms into weights, and what then trains belongs to the folded ones."""
-    served = [program.id for program in bundle.programs.values() if Precision.named(program.precision).serves]
+    trained = [program for program in bundle.programs.values() if not program.accumulates]
+    served = [program.id for program in trained if Precision.named(program.precision).serves]
     if served and any(name.endswith("running_mean") for name in master):
         raise SpecError(
             f"{bundle.path}: program {served[0]!r} folded batch norms into weights, and the master holds them apart: "

@@ -81,14 +81,15 @@ def _fold_norms(b: Builder, path: Path) -> bool:
         norm(conv(x, w) + bias) = conv(x, w a) + (bias - mean) a + beta,    a = gamma / sqrt(variance + epsilon)
 
     a stays part of the graph, so that w, gamma and beta may each be trained. A weight that is computed (as those of an
-    integer base are) keeps its norm. Says whether there was such a pair.
+    integer base are) keeps its norm, as does one that rests while gamma trains: its gradient would be that of a whole
+    convolution. Says whether there was such a pair.
     """
     folded = False
     for norm in path.nodes:
         conv = (
             norm.inputs[0].producer() if norm.op_type == "BatchNormalization" and norm.inputs[0] is not None else None
         )
-        if conv is None or not _takes_norm(b, conv, norm):
+        if conv is None or not _takes_norm(b, conv, norm, path):
             continue
         gamma, beta, mean = (given(norm, index) for index in range(1, 4))
         weight = given(conv, 1)
@@ -106,7 +107,7 @@ def _fold_norms(b: Builder, path: Path) -> bool:
     return folded
 
 
-def _takes_norm(b: Builder, conv: ir.Node, norm: ir.Node) -> bool:
+def _takes_norm(b: Builder, conv: ir.Node, norm: ir.Node, path: Path) -> bool:
     """A convolution with a given weight whose only reader is a norm in inference form."""
     y = conv.outputs[0]
     return (
@@ -115,6 +116,8 @@ def _takes_norm(b: Builder, conv: ir.Node, norm: ir.Node) -> bool:
         and len(list(y.uses())) == 1
         and y not in b.graph.outputs
         and not attribute(norm, "training_mode", 0)
+        and (given(conv, 1) in path.relevant or given(norm, 1) not in path.relevant)
+        and not any(given(norm, index) in path.relevant for index in (3, 4))
     )
 
 

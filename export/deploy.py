@@ -56,33 +56,32 @@ def deployed(found: Quantized, loss: Loss, name: str, batch: int) -> Deployed:
     infer = clone(served)
     infer.graph.outputs[0].name = "y.0"
     evaluate, counted = accumulating_graph(served, loss, evaluate_id)
-    observe, watched, names = observing_graph(found, observe_id)
     files = {
         f"{name}_deployed_infer.onnx": with_constants(finished(infer, evaluate_id), given),
         f"{name}_deployed_evaluate.onnx": with_constants(evaluate, given),
-        f"{name}_deployed_observe.onnx": observe,
     }
-    return Deployed(
-        files,
-        (
-            _row(evaluate_id, "evaluate", precision, counted, batch)
-            | {
-                "late": list(late),
-                "infer": f"{name}_deployed_infer.onnx",
-                "step": [{"file": f"{name}_deployed_evaluate.onnx", "weight": 1.0}],
-                "samples": "held_out",
-                "score": {"sum": loss.score.sum, "count": loss.score.count, "better": loss.score.better},
-            },
+    programs = [
+        _row(evaluate_id, "evaluate", precision, counted, batch)
+        | {
+            "late": list(late),
+            "infer": f"{name}_deployed_infer.onnx",
+            "step": [{"file": f"{name}_deployed_evaluate.onnx", "weight": 1.0}],
+            "samples": "held_out",
+            "score": {"sum": loss.score.sum, "count": loss.score.count, "better": loss.score.better},
+        }
+    ]
+    tensors = [_tensor(held, "sum") for held in counted]
+    names: list[str] = []
+    if _watched(found):  # weights in blocks multiply float activations: there is no scale to observe for
+        observe, watched, names = observing_graph(found, observe_id)
+        files[f"{name}_deployed_observe.onnx"] = observe
+        programs.append(
             _row(observe_id, "observe", "float", watched, batch)
-            | {"step": [{"file": f"{name}_deployed_observe.onnx", "weight": 1.0}], "partial_batch": "drop"},
-        ),
-        tuple(
-            _tensor(held, "sum" if held in counted or held.name == HISTOGRAM else "keep")
-            for held in (*counted, *watched)
-        ),
-        late,
-        {"quantization": found.report.to_json(), "observed": names},
-    )
+            | {"step": [{"file": f"{name}_deployed_observe.onnx", "weight": 1.0}], "partial_batch": "drop"}
+        )
+        tensors += [_tensor(held, "sum" if held.name == HISTOGRAM else "keep") for held in watched]
+    report = {"quantization": found.report.to_json(), "observed": names}
+    return Deployed(files, tuple(programs), tuple(tensors), late, report)
 
 
 def _row(program_id: str, scope: str, precision: str, held: tuple[Accumulator, ...], batch: int) -> dict[str, Any]:

@@ -196,15 +196,20 @@ def build_spec(
 def deploy_of(spec: Spec, x: Array, y: Array) -> tuple[Deploy, tuple[Array, Array]]:
     """The recipe with the samples to judge by, and the rest of the example. Raises `ExportError`, `ProfileError`."""
     table = spec.deploy or {}
-    flash = load_profile(table["profile"]).flash_kb if "profile" in table else table.get("flash_kb")
+    profile = load_profile(table["profile"]) if "profile" in table else None
+    bits = table.get("bits", 8)
+    if profile is not None and bits not in profile.bits:
+        raise SpecError(
+            f"{spec.path}: deploy.bits = {bits}, but profile {table['profile']!r} runs {', '.join(map(str, profile.bits))}"
+        )
     steps = table.get("qat_steps", QatSettings.steps)
     recipe = Recipe(
-        bits=table.get("bits", 8),
+        bits=bits,
         tolerance=float(table.get("tolerance", 0.01)),
         equalize=table.get("equalize", True),
         qat=QatSettings(steps=steps, seed=spec.seed) if steps > 0 else None,
-        flash_kb=flash,
-        reduce_range=table.get("reduce_range", False),
+        flash_kb=table.get("flash_kb") if profile is None else profile.flash_kb,
+        reduce_range=table.get("reduce_range", profile is not None and profile.reduce_range),
         allow=tuple(table.get("allow", ())),
     )
     if "held_out" in table:

@@ -27,9 +27,13 @@ def to_blocks(model: ir.Model) -> onnx.ModelProto:
     made = parsed(model)
     graph = made.graph
     held = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    done: set[str] = set()  # a weight may serve several products
     for node in list(graph.node):
         name = node.input[1] if node.op_type == "MatMul" else ""
         weight = held.get(name)
+        if name in done:
+            node.input[1] = f"{name}/float"
+            continue
         if weight is None or weight.ndim != 2 or weight.shape[0] % BLOCK:
             continue
         codes, scales = blocked(weight)
@@ -40,6 +44,7 @@ def to_blocks(model: ir.Model) -> onnx.ModelProto:
         )
         graph.node.insert(0, spread)
         node.input[1] = f"{name}/float"
+        done.add(name)
     read = {name for node in graph.node for name in node.input}
     for tensor in list(graph.initializer):
         if tensor.name not in read:

@@ -117,18 +117,18 @@ def quantize_model(
         method.append("equalize")
     on_progress("calibrating")
     seen = calibrate(prepared, data.x) if ranges is None else ranges
-    made = to_integers(
-        prepared, seen.finish(), bits=recipe.bits, signed=recipe.signed, reduce_range=recipe.reduce_range
-    )
-    method.append(f"ptq{recipe.bits}")
+    # A sum of two products of unsigned and signed bytes overflows 16 bits, unless the signed ones have 7.
+    bits = min(recipe.bits, 7) if recipe.reduce_range else recipe.bits
+    made = to_integers(prepared, seen.finish(), bits=bits, signed=recipe.signed)
+    method.append(f"ptq{bits}")
     found = _measured(before, made, prepared, data, recipe, method, ranges=seen)
     if recipe.qat is not None and _drop(found.report) > recipe.tolerance:
         on_progress(f"accuracy falls by {_drop(found.report):.4f}: training {recipe.qat.steps} steps")
         floats = {n: a for n, value in prepared.graph.initializers.items() if (a := array_of(value)) is not None}
         from export.quantize.qat import train  # the one part that needs torch
 
-        train(made, floats, data.x, data.y, bits=recipe.bits, classifies=data.classifies, settings=recipe.qat)
-        method.append(f"qat{recipe.bits} ({recipe.qat.steps} steps)")
+        train(made, floats, data.x, data.y, bits=bits, classifies=data.classifies, settings=recipe.qat)
+        method.append(f"qat{bits} ({recipe.qat.steps} steps)")
         trained = _measured(before, made, prepared, data, recipe, method, ranges=seen)
         if trained.report.integer_score >= found.report.integer_score:
             found = trained

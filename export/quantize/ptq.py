@@ -11,7 +11,7 @@ convolution in float.)
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,9 +22,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType
 from onnxruntime.quantization.calibrate import TensorsData
 
-from edge_sdk.ranges import scale_of
 from edge_sdk.tensors import Array
-from export.graph import IR_VERSION
+from export.graph import IR_VERSION, array_of
 from export.quantize.calibration import parsed
 from export.quantize.weights import levels
 
@@ -40,25 +39,22 @@ def to_integers(
     *,
     bits: int = 8,
     signed: bool = False,
-    reduce_range: bool = False,
-    keep_float: Sequence[str] = (),
 ) -> onnx.ModelProto:
     """The forward graph in integers, for activations of these `ranges` (tensor -> low, high).
 
-    `signed`: int8 activations, which leave residual networks partly in float on x86. `reduce_range`: 7-bit weights, for
-    processors whose 8-bit products saturate. `keep_float`: names of nodes to leave out.
+    `signed`: int8 activations, which leave residual networks partly in float on x86.
     """
     source = parsed(model)
     bounds = {name: (np.float32(low), np.float32(high)) for name, (low, high) in ranges.items()}
     quantizer = QDQQuantizer(
         source,
         True,
-        reduce_range,
+        False,
         QuantType.QInt8,
         QuantType.QInt8 if signed else QuantType.QUInt8,
         TensorsData(CalibrationMethod.MinMax, bounds),
         None,
-        list(keep_float),
+        [],
         list(OPERATORS),
         {"ActivationSymmetric": signed, "WeightSymmetric": True},
     )
@@ -67,17 +63,11 @@ def to_integers(
     made: onnx.ModelProto = quantizer.model.model
     if bits < 8:
         held = IntegerModel.read(made)
-        floats = {
-            name: array for name, value in model.graph.initializers.items() if (array := _array(value)) is not None
-        }
+        floats = {n: array for n, value in model.graph.initializers.items() if (array := array_of(value)) is not None}
         weights = {q.name: q.of(floats) for q in held.weights}
         scales = {q.name: _scales(weights[q.name], q.axis, bits) for q in held.weights}
         held.write(weights, scales, {q.name: q.of(floats) for q in held.biases}, {}, bits)
     return made
-
-
-def _array(value: ir.Value) -> Array | None:
-    return None if value.const_value is None else value.const_value.numpy()
 
 
 def _scales(weight: Array, axis: int, bits: int) -> Array:
@@ -207,28 +197,6 @@ def _behind_cast(name: str, makers: Mapping[str, onnx.NodeProto]) -> str:
 
 def _stem(codes: str) -> str:
     return codes.removesuffix("_quantized")
-
-
-def recalibrated(model: onnx.ModelProto, ranges: Mapping[str, tuple[float, float]]) -> onnx.ModelProto:
-    """The same integer model with activation scales for these ranges: what a merged calibration of devices changes."""
-    made = onnx.ModelProto()
-    made.CopyFrom(model)
-    held = IntegerModel.read(made)
-    tensors = held.tensors()
-    floats: dict[str, Array] = {}
-    scales = {q.name: tensors[q.scale] for q in held.weights}
-    for q in (*held.weights, *held.biases):
-        column = [-1 if i == q.axis else 1 for i in range(tensors[q.codes].ndim)]
-        floats[q.name] = tensors[q.codes] * tensors[q.scale].reshape(column)
-    packed = any(t.data_type == TensorProto.INT4 for t in made.graph.initializer)
-    held.write(
-        floats,
-        scales,
-        floats,
-        {q.scale: scale_of(*ranges[q.name]) for q in held.activations if q.name in ranges},
-        _PACKED if packed else 8,
-    )
-    return made
 
 
 def stripped(model: onnx.ModelProto, kept_names: Mapping[str, str] | None = None) -> bytes:

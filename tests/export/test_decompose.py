@@ -263,3 +263,27 @@ def test_statistics_of_the_batch_move_the_running_ones() -> None:
     bessel = 5 * 36 / (5 * 36 - 1)  # torch keeps the unbiased variance, ONNX the biased one
     batch = (norm.running_var.numpy() - 0.8 * np.float32([0.5, 1, 2, 3])) / bessel
     np.testing.assert_allclose(found[1], 0.8 * np.float32([0.5, 1, 2, 3]) + batch, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("trained", "folded"),
+    [({"w"}, True), ({"w", "gamma"}, True), ({"beta"}, True), ({"gamma"}, False), ({"gamma", "beta"}, False)],
+)
+def test_a_norm_becomes_part_of_its_convolution_unless_only_its_scale_trains(trained: set[str], folded: bool) -> None:
+    """The gradient of a scale in the weight is that of a whole convolution."""
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name="norm")
+    b = Builder(graph)
+    draw = np.random.default_rng(0)
+    sizes = {"w": (4, 3, 3, 3), "gamma": (4,), "beta": (4,), "mean": (4,), "variance": (4,)}
+    x = b.input("d.x", "float32", (BATCH, 3, 6, 6))
+    held = {
+        name: b.input(f"p.{name}", "float32", shape)
+        if name in trained
+        else b.const(draw.uniform(0.5, 1.5, shape).astype(np.float32))
+        for name, shape in sizes.items()
+    }
+    y = b.op("BatchNormalization", b.op("Conv", x, held["w"]), *(held[n] for n in list(sizes)[1:]))
+    loss = b.op("ReduceSum", b.op("Mul", y, y), keepdims=0)
+    graph.outputs.append(loss)
+    decompose(b, loss, [held[name] for name in sorted(trained)])
+    assert ("BatchNormalization" not in [node.op_type for node in graph]) is folded
