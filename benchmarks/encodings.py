@@ -33,8 +33,8 @@ ENCODINGS: dict[str, Encoding] = {
     "top_k 2 %": Encoding("top_k", density=0.02),
 }
 PROGRAMS: dict[str, tuple[str, Rule, float]] = {
-    "full": ("digits/full/float", MEAN, 2e-3),
-    "lora": ("digits/lora/r4/float", PRODUCT_SVD, 1e-2),
+    "full": ("turned/full/float", MEAN, 2e-3),
+    "lora": ("turned/lora/r4/float", PRODUCT_SVD, 1e-2),
 }
 
 

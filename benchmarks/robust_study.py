@@ -36,7 +36,7 @@ RULES: dict[str, Rule] = {
 ATTACKS = ("none", "sign flip", "scaling", "gaussian", "label flip")
 SHARES = (0.1, 0.3)
 SPLITS: dict[str, float | None] = {"iid": None, "dirichlet 0.3": 0.3}
-PROGRAM = "digits/full/float"
+PROGRAM = "turned/full/float"
 
 
 def attacked(kind: str, start: Tensors, trained: Tensors, draw: np.random.Generator) -> Tensors:
