@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def measure(args: argparse.Namespace) -> report.Report:
     """Every variant with every seed."""
     runs = Runs(args.runs)
     rows = [
-        runs.row({"variant": name, "seed": seed}, lambda name=name, seed=seed: _run(name, seed, args))  # type: ignore[misc]
+        runs.row({"variant": name, "seed": seed}, partial(_run, name, seed, args))
         for seed in range(args.seeds)
         for name in VARIANTS
     ]
