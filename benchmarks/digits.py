@@ -222,6 +222,11 @@ def _trained(
     return trained
 
 
+def accuracy_of(bundle: Bundle, program: Program, tensors: Tensors, data: Task) -> float:
+    """The share of the test images that a model names rightly."""
+    return _accuracy(Predictor(bundle, program, tensors), data)
+
+
 def _accuracy(predictor: Predictor, data: Task) -> float:
     output = predictor.predict(data.test[0])
     return float((np.asarray(output).argmax(axis=1) == data.test[1]).mean())
