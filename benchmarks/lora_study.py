@@ -9,6 +9,7 @@ and may not be concluded stands in docs/lora-study.md.
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -159,7 +160,9 @@ def measure(args: argparse.Namespace) -> report.Report:
         finally:
             bench.close()
     if args.plots is not None:
-        plot(rows, args.plots)
+        plot(rows, args.plots, args.data)
+    if args.tables is not None:
+        write_tables(rows, args.tables, args.data)
     return report.Report(rows, summarise(rows))
 
 
@@ -275,7 +278,23 @@ def lines(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def plot(rows: list[dict[str, Any]], folder: Path) -> None:
+def write_tables(rows: list[dict[str, Any]], folder: Path, data: str) -> None:
+    """The lines as `lora-DATA.csv` and `lora-DATA.md` in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = lines(rows)
+    with (folder / f"lora-{data}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(COLUMNS))
+        writer.writeheader()
+        writer.writerows(found)
+    table = [list(COLUMNS.values()), ["---"] * len(COLUMNS), *([_cell(row[key]) for key in COLUMNS] for row in found)]
+    (folder / f"lora-{data}.md").write_text("".join(f"| {' | '.join(cells)} |\n" for cells in table))
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def plot(rows: list[dict[str, Any]], folder: Path, data: str) -> None:
     """Accuracy over rounds at one rate, accuracy over the rate, and mixed ranks: PNG files in `folder`."""
     import matplotlib as mpl
 
@@ -283,6 +302,7 @@ def plot(rows: list[dict[str, Any]], folder: Path) -> None:
     from matplotlib import pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
+    stem = "lora" if data == "digits" else f"lora-{data}"
     for split in SPLITS:
         if not any(row["table"] == "rules" and row["split"] == split for row in rows):
             continue
@@ -291,8 +311,10 @@ def plot(rows: list[dict[str, Any]], folder: Path) -> None:
             curves = [row["accuracy"] for row in _of(rows, "rules", entrant.name, split)]
             if curves:
                 axes.plot(np.mean(curves, axis=0), label=entrant.name)
-        axes.set(xlabel="round", ylabel="test accuracy", title=f"learning rate {ONE_RATE:g}, {split}", ylim=(0, 1))
-        _save(figure, axes, folder / f"lora-rules-{split.replace(' ', '-').replace('.', '')}.png")
+        axes.set(
+            xlabel="round", ylabel="test accuracy", title=f"{data}, learning rate {ONE_RATE:g}, {split}", ylim=(0, 1)
+        )
+        _save(figure, axes, folder / f"{stem}-rules-{split.replace(' ', '-').replace('.', '')}.png")
     if any(row["table"] == "lr" for row in rows):
         figure, axes = plt.subplots(figsize=(7, 4.5))
         for entrant in EQUAL[1:]:
@@ -302,17 +324,25 @@ def plot(rows: list[dict[str, Any]], folder: Path) -> None:
             rates = sorted({row["learning_rate"] for row in mine})
             means = [np.mean([row["final"] for row in mine if row["learning_rate"] == rate]) for rate in rates]
             axes.semilogx(rates, means, marker="o", label=entrant.name)
-        axes.set(xlabel="learning rate", ylabel="final accuracy", title="dirichlet 0.3, half the rounds", ylim=(0, 1))
-        _save(figure, axes, folder / "lora-rates.png")
+        axes.set(
+            xlabel="learning rate",
+            ylabel="final accuracy",
+            title=f"{data}, dirichlet 0.3, half the rounds",
+            ylim=(0, 1),
+        )
+        _save(figure, axes, folder / f"{stem}-rates.png")
     if any(row["table"] == "ranks" for row in rows):
         figure, axes = plt.subplots(figsize=(7, 4.5))
         for entrant in RANKS:
             curves = [row["accuracy"] for row in _of(rows, "ranks", entrant.name)]
             axes.plot(np.mean(curves, axis=0), label=entrant.name)
         axes.set(
-            xlabel="round", ylabel="test accuracy", title="ranks 2, 4 and 8, each rule at its own rate", ylim=(0, 1)
+            xlabel="round",
+            ylabel="test accuracy",
+            title=f"{data}, ranks 2, 4 and 8, each rule at its own rate",
+            ylim=(0, 1),
         )
-        _save(figure, axes, folder / "lora-ranks.png")
+        _save(figure, axes, folder / f"{stem}-ranks.png")
 
 
 def _save(figure: Any, axes: Any, path: Path) -> None:
@@ -356,6 +386,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write PNG files there")
+    parser.add_argument("--tables", type=Path, metavar="FOLDER", help="write the tables there as CSV and Markdown")
     return parser
 
 
