@@ -26,6 +26,7 @@ from aggregator.intake import OpenUpload
 from aggregator.job import Job, plan_of
 from aggregator.journal import Journal, LedgerRow
 from aggregator.merge import Contribution, MergeError, Merger, merge, merger_for
+from aggregator.merge.alarms import MERGES, Warned, alarms
 from aggregator.merge.server import server_step
 from aggregator.validation import evaluate_file
 from edge_sdk.bundle import Bundle, Program
@@ -58,12 +59,13 @@ class Checked:
 
 @dataclass(frozen=True)
 class Folded:
-    """A merge: the candidate (digest of a stored blob), the rows it covers, and what the rule reports."""
+    """A merge: the candidate (digest of a stored blob), the rows it covers, what the rule reports, and what that alarms about."""
 
     candidate: str
     rows: Sequence[LedgerRow]
     report: Mapping[str, Any]
     metrics: Mapping[str, float]
+    alarms: Sequence[Warned] = ()
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,9 @@ class Fold:
             "updates": len(rows),
             "examples": sum(row.num_examples for row in rows),
         }
-        return Folded(candidate, rows, report, _mean_metrics(rows))
+        earlier = [self._journal.round(before) for before in range(max(1, number - MERGES + 1), number)]
+        reports = [*(record.merge for record in earlier if record is not None), report]
+        return Folded(candidate, rows, report, _mean_metrics(rows), alarms(reports))
 
     def judge(self, number: int, model: str, candidate: str) -> Judgement:
         """Compare the candidate with the model it would replace, on the evidence there is."""

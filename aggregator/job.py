@@ -18,7 +18,7 @@ from typing import Any
 
 from aggregator.assign import Assigner, AssignError
 from aggregator.assign import rule_named as assigner_named
-from aggregator.assign.settings import BUDGETS, AssignSettings, FineSettings, PrecisionSettings
+from aggregator.assign.settings import BUDGETS, AssignSettings, FineSettings, PrecisionSettings, RankSettings
 from aggregator.merge import MergeError, Plan, rule_named
 from aggregator.merge.server import OPTIMIZERS
 from aggregator.merge.settings import LoraSettings, MergeSettings, RobustSettings, ServerSettings
@@ -141,6 +141,13 @@ KEYS: tuple[Key, ...] = (
         "assign.programs", dict, {}, "Programs of devices that do not train `program`, by device: other ranks.", of=str
     ),
     Key("assign.cycle", list, [], "Programs that all devices train in turn, one a round: `alternate`.", of=str),
+    Key(
+        "assign.rank.profiles",
+        dict,
+        {},
+        "`rank`: the profile of each device, a name or a file; others train `program`.",
+        of=str,
+    ),
     Key("assign.precision.programs", dict, {}, "`precision`: the programs `ptq` and `qat`.", of=str),
     Key(
         "assign.precision.time_factor",
@@ -367,6 +374,7 @@ _TABLES: Mapping[str, type[Any]] = {
     "task": TaskSettings,
     "assign": AssignSettings,
     "assign.precision": PrecisionSettings,
+    "assign.rank": RankSettings,
     "assign.precision.fine": FineSettings,
     "merge": MergeSettings,
     "merge.lora": LoraSettings,

@@ -756,6 +756,9 @@ class Service:
                     self._record = replace(
                         self._record, candidate=folded.candidate, merge=folded.report, metrics=folded.metrics
                     )
+                for alarm in folded.alarms:
+                    journal.raise_alarm(alarm.kind, "", alarm.detail, now)
+                    log.warning("alarm %s: %s", alarm.kind, alarm.detail)
                 self._rounds_step(rounds.Merged(now, folded.candidate), out)
             case _MergeRefused(effect, reason):
                 log.error("round %d: the merge failed: %s", effect.round, reason)

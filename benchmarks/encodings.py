@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from aggregator.merge import Rule
 from aggregator.merge.lora import PRODUCT_SVD
 from aggregator.merge.mean import MEAN
 from benchmarks import report
-from benchmarks.digits import build, federate, task
+from benchmarks.digits import Task, build, federate, interval, task
+from benchmarks.runs import Runs
 from edge_sdk.bundle import Bundle
 from edge_sdk.update import Encoding
 
@@ -33,8 +35,8 @@ ENCODINGS: dict[str, Encoding] = {
     "top_k 2 %": Encoding("top_k", density=0.02),
 }
 PROGRAMS: dict[str, tuple[str, Rule, float]] = {
-    "full": ("digits/full/float", MEAN, 2e-3),
-    "lora": ("digits/lora/r4/float", PRODUCT_SVD, 1e-2),
+    "full": ("turned/full/float", MEAN, 2e-3),
+    "lora": ("turned/lora/r4/float", PRODUCT_SVD, 1e-2),
 }
 
 
@@ -43,6 +45,7 @@ def measure(args: argparse.Namespace) -> report.Report:
     from export import ProgramSpec
 
     rows: list[dict[str, Any]] = []
+    runs = Runs(args.runs)
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(args.seeds):
             data = task(seed, 0.3)
@@ -50,25 +53,33 @@ def measure(args: argparse.Namespace) -> report.Report:
             specs = [ProgramSpec("full", {}, "float", "adamw"), ProgramSpec("lora", {"rank": 4}, "float", "adamw")]
             build(path, data, seed, specs)
             with Bundle.open(path) as bundle:
-                for scope, (program, rule, rate) in PROGRAMS.items():
-                    for name, encoding in ENCODINGS.items():
-                        run = federate(
-                            bundle,
-                            data,
-                            rule,
-                            lambda client, number, program=program: program,  # type: ignore[misc]
-                            model=program,
-                            rounds=args.rounds,
-                            learning_rate=rate,
-                            seed=seed,
-                            encoding=encoding,
-                        )
-                        each = run.bytes_up / (args.rounds * len(data.clients))
-                        rows.append({"scope": scope, "encoding": name, "seed": seed, "bytes": each, "final": run.final})
-            print(f"seed {seed}", file=sys.stderr)
+                for scope in PROGRAMS:
+                    for name in ENCODINGS:
+                        key = {"scope": scope, "encoding": name, "seed": seed, "rounds": args.rounds}
+                        rows.append(runs.row(key, partial(_run, bundle, data, key)))
     return report.Report(
-        rows, {f"{r['scope']}, {r['encoding']}": {k: r[k] for k in ("share", "final", "loss")} for r in lines(rows)}
+        rows,
+        {
+            f"{r['scope']}, {r['encoding']}": {k: r[k] for k in ("share", "final", "loss", "interval")}
+            for r in lines(rows)
+        },
     )
+
+
+def _run(bundle: Bundle, data: Task, chosen: dict[str, Any]) -> dict[str, Any]:
+    program, rule, rate = PROGRAMS[chosen["scope"]]
+    run = federate(
+        bundle,
+        data,
+        rule,
+        lambda client, number: program,
+        model=program,
+        rounds=chosen["rounds"],
+        learning_rate=rate,
+        seed=chosen["seed"],
+        encoding=ENCODINGS[chosen["encoding"]],
+    )
+    return {"bytes": run.bytes_up / (chosen["rounds"] * len(data.clients)), "final": run.final}
 
 
 def lines(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -87,7 +98,8 @@ def lines(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     "bytes": round(size),
                     "share": size / float(np.mean([row["bytes"] for row in plain])),
                     "final": float(np.mean([row["final"] for row in mine])),
-                    "loss": float(np.mean(losses)),
+                    "loss": interval(losses)[0],
+                    "interval": interval(losses)[1] if len(losses) > 1 else None,
                 }
             )
     return found
@@ -100,6 +112,7 @@ COLUMNS = {
     "share": "of float32",
     "final": "accuracy",
     "loss": "lost",
+    "interval": "+-",
 }
 
 
@@ -113,6 +126,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = report.parser("encodings", __doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--runs", type=Path, metavar="FILE", help="keep every run there, and repeat none that it holds")
     return parser
 
 

@@ -2,13 +2,14 @@
 
 Three tables. `rules`: all rules at one learning rate over three splits, with the error that averaging factors would make.
 `lr`: the grid of learning rates, and each rule at its best, since a comparison at one rate is worthless. `ranks`: clients
-of rank 2, 4 and 8 in one round. The setup is that of `benchmarks.digits`; what may and may not be concluded stands in
-docs/lora-study.md.
+of rank 2, 4 and 8 in one round. The setup is that of `benchmarks.digits`, with `--data fashion` on Fashion-MNIST; what may
+and may not be concluded stands in docs/lora-study.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -34,17 +35,20 @@ from aggregator.merge.lora import (
 from aggregator.merge.mean import MEAN
 from aggregator.merge.settings import LoraSettings, MergeSettings
 from benchmarks import report
-from benchmarks.digits import Run, Task, build, federate, interval, task
+from benchmarks.digits import Run, Task, build, fashion, federate, interval, task
+from benchmarks.runs import Runs
 from edge_sdk.bundle import Bundle
 
 SPLITS: dict[str, float | None] = {"iid": None, "dirichlet 0.3": 0.3, "dirichlet 0.1": 0.1}
 RATES = (2.5e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 ONE_RATE = 5e-3
-GOAL = 0.8
+MIXED_ROUNDS = 12
+DATA: dict[str, Callable[[int, float | None], Task]] = {"digits": task, "fashion": fashion}
+GOALS = {"digits": 0.8, "fashion": 0.7}  # accuracies that are worth counting rounds to
 SIDE = 96  # of a side term: it never overflows here, so `stack` and `residual` are exact
-AB, A, B = "digits/lora/r4/float", "digits/lora/r4/a/float", "digits/lora/r4/b/float"
-MIXED = ("digits/lora/r2/float", "digits/lora/r4/float", "digits/lora/r8/float")
-FULL = "digits/full/float"
+AB, A, B = "turned/lora/r4/float", "turned/lora/r4/a/float", "turned/lora/r4/b/float"
+MIXED = ("turned/lora/r2/float", "turned/lora/r4/float", "turned/lora/r8/float")
+FULL = "turned/full/float"
 
 
 @dataclass(frozen=True)
@@ -92,15 +96,24 @@ RANKS = (
 
 
 class Bench:
-    """Bundles by seed, built once, and runs."""
+    """Bundles by seed, built once, and runs; those that `runs` holds are not repeated."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, data: str, runs: Runs) -> None:
         self.folder = folder
+        self.data = data
+        self.runs = runs
         self._bundles: dict[tuple[str, int], Bundle] = {}
 
-    def run(self, entrant: Entrant, split: str, seed: int, rounds: int, rate: float) -> Run:
-        """One run of one entrant."""
-        data = task(seed, SPLITS[split])
+    def row(self, table: str, entrant: Entrant, split: str, seed: int, rounds: int, rate: float) -> dict[str, Any]:
+        """What one run of one entrant gave, as a row of a table."""
+        key = {"data": self.data, "rule": entrant.name, "mixed": entrant in RANKS, "split": split, "seed": seed}
+        choices = {**key, "rounds": rounds, "learning_rate": rate}
+        found = self.runs.row(choices, lambda: _found(self._run(entrant, split, seed, rounds, rate)))
+        reached = [number for number, value in enumerate(found["accuracy"]) if value >= GOALS[self.data]]
+        return {"table": table, **found, "rounds_to_goal": reached[0] if reached else rounds + 1}
+
+    def _run(self, entrant: Entrant, split: str, seed: int, rounds: int, rate: float) -> Run:
+        data = DATA[self.data](seed, SPLITS[split])
         return federate(
             self.bundle("ranks" if entrant in RANKS else "equal", data, seed),
             data,
@@ -140,30 +153,26 @@ def measure(args: argparse.Namespace) -> report.Report:
     """The tables that were asked for."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder))
+        bench = Bench(Path(folder), args.data, Runs(args.runs))
         try:
             for table in args.table:
                 rows += {"rules": _rules, "lr": _rates, "ranks": _ranks}[table](bench, args)
         finally:
             bench.close()
     if args.plots is not None:
-        plot(rows, args.plots)
+        plot(rows, args.plots, args.data)
+    if args.tables is not None:
+        write_tables(rows, args.tables, args.data)
     return report.Report(rows, summarise(rows))
 
 
-def _row(table: str, entrant: Entrant, split: str, seed: int, rate: float, run: Run) -> dict[str, Any]:
+def _found(run: Run) -> dict[str, Any]:
     naive = [found["naive_error"] for found in run.reports if found.get("naive_error") is not None]
-    middle = min(10, len(run.accuracy) - 1)
+    last = len(run.accuracy) - 1
     return {
-        "table": table,
-        "rule": entrant.name,
-        "split": split,
-        "seed": seed,
-        "learning_rate": rate,
         "final": run.final,
-        "round_5": run.accuracy[min(5, len(run.accuracy) - 1)],
-        "round_10": run.accuracy[middle],
-        "rounds_to_80": run.rounds_to(GOAL),
+        "round_5": run.accuracy[min(5, last)],
+        "round_10": run.accuracy[min(10, last)],
         "naive_error": float(np.mean(naive)) if naive else None,
         "accuracy": run.accuracy,
     }
@@ -175,44 +184,34 @@ def _chosen(entrants: Sequence[Entrant], args: argparse.Namespace) -> list[Entra
 
 def _rules(bench: Bench, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every rule at one learning rate."""
-    rows = []
-    for split in SPLITS:
-        for seed in range(args.seeds):
-            for entrant in _chosen(EQUAL, args):
-                rate = entrant.rate or ONE_RATE
-                rows.append(
-                    _row("rules", entrant, split, seed, rate, bench.run(entrant, split, seed, args.rounds, rate))
-                )
-            print(f"rules: {split}, seed {seed}", file=sys.stderr)
-    return rows
+    return [
+        bench.row("rules", entrant, split, seed, args.rounds, entrant.rate or ONE_RATE)
+        for seed in range(args.seeds)
+        for split in SPLITS
+        for entrant in _chosen(EQUAL, args)
+    ]
 
 
 def _rates(bench: Bench, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The grid at Dirichlet 0.3."""
-    rows = []
-    for seed in range(args.rate_seeds):
-        for entrant in _chosen(EQUAL[1:], args):
-            for rate in args.rates:
-                run = bench.run(entrant, "dirichlet 0.3", seed, args.rounds // 2, rate)
-                rows.append(_row("lr", entrant, "dirichlet 0.3", seed, rate, run))
-        print(f"lr: seed {seed}", file=sys.stderr)
-    return rows
+    return [
+        bench.row("lr", entrant, "dirichlet 0.3", seed, args.rounds // 2, rate)
+        for seed in range(args.rate_seeds)
+        for entrant in _chosen(EQUAL[1:], args)
+        for rate in args.rates
+    ]
 
 
 def _ranks(bench: Bench, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Mixed ranks at Dirichlet 0.3: the rate of each rule is chosen on a seed of its own, the pairs are the others."""
     rows = []
     for entrant in RANKS:
-        tuned = {}
-        for rate in args.rates:
-            run = bench.run(entrant, "dirichlet 0.3", args.seeds, 12, rate)
-            rows.append(_row("ranks, tuning", entrant, "dirichlet 0.3", args.seeds, rate, run))
-            tuned[rate] = run.final
-        best = max(tuned, key=lambda rate: tuned[rate])
-        for seed in range(args.seeds):
-            run = bench.run(entrant, "dirichlet 0.3", seed, 12, best)
-            rows.append(_row("ranks", entrant, "dirichlet 0.3", seed, best, run))
-        print(f"ranks: {entrant.name}", file=sys.stderr)
+        tuned = [
+            bench.row("ranks, tuning", entrant, "dirichlet 0.3", args.seeds, MIXED_ROUNDS, rate) for rate in args.rates
+        ]
+        best = max(tuned, key=lambda row: row["final"])["learning_rate"]
+        rows += tuned
+        rows += [bench.row("ranks", entrant, "dirichlet 0.3", seed, MIXED_ROUNDS, best) for seed in range(args.seeds)]
     return rows
 
 
@@ -225,10 +224,10 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
             continue
         gains = [a["round_10"] - b["round_10"] for a, b in zip(ours, naive, strict=True)]
         key = split.replace("dirichlet 0.", "skew_0_")
-        summary[f"gain_round_10_{key}"] = float(np.mean(gains))
+        summary[f"gain_round_10_{key}"], summary[f"gain_round_10_{key}_interval"] = interval(gains)
         summary[f"pairs_ahead_{key}"] = float(np.mean([gain > 0 for gain in gains]))
-        summary[f"rounds_to_80_ratio_{key}"] = float(
-            np.median([row["rounds_to_80"] for row in ours]) / np.median([row["rounds_to_80"] for row in naive])
+        summary[f"rounds_to_goal_ratio_{key}"] = float(
+            np.median([row["rounds_to_goal"] for row in ours]) / np.median([row["rounds_to_goal"] for row in naive])
         )
     errors = [
         np.mean([row["naive_error"] for row in _of(rows, "rules", "product_svd even", split)] or [0])
@@ -272,14 +271,30 @@ def lines(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "round_10": float(np.mean([row["round_10"] for row in members])),
                 "final": mean,
                 "interval": None if np.isnan(half) else half,
-                "rounds_to_80": float(np.median([row["rounds_to_80"] for row in members])),
+                "rounds_to_goal": float(np.median([row["rounds_to_goal"] for row in members])),
                 "naive_error": float(np.mean(naive)) if naive else None,
             }
         )
     return found
 
 
-def plot(rows: list[dict[str, Any]], folder: Path) -> None:
+def write_tables(rows: list[dict[str, Any]], folder: Path, data: str) -> None:
+    """The lines as `lora-DATA.csv` and `lora-DATA.md` in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = lines(rows)
+    with (folder / f"lora-{data}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(COLUMNS))
+        writer.writeheader()
+        writer.writerows(found)
+    table = [list(COLUMNS.values()), ["---"] * len(COLUMNS), *([_cell(row[key]) for key in COLUMNS] for row in found)]
+    (folder / f"lora-{data}.md").write_text("".join(f"| {' | '.join(cells)} |\n" for cells in table))
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def plot(rows: list[dict[str, Any]], folder: Path, data: str) -> None:
     """Accuracy over rounds at one rate, accuracy over the rate, and mixed ranks: PNG files in `folder`."""
     import matplotlib as mpl
 
@@ -287,6 +302,7 @@ def plot(rows: list[dict[str, Any]], folder: Path) -> None:
     from matplotlib import pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
+    stem = "lora" if data == "digits" else f"lora-{data}"
     for split in SPLITS:
         if not any(row["table"] == "rules" and row["split"] == split for row in rows):
             continue
@@ -295,8 +311,10 @@ def plot(rows: list[dict[str, Any]], folder: Path) -> None:
             curves = [row["accuracy"] for row in _of(rows, "rules", entrant.name, split)]
             if curves:
                 axes.plot(np.mean(curves, axis=0), label=entrant.name)
-        axes.set(xlabel="round", ylabel="test accuracy", title=f"learning rate {ONE_RATE:g}, {split}", ylim=(0, 1))
-        _save(figure, axes, folder / f"lora-rules-{split.replace(' ', '-').replace('.', '')}.png")
+        axes.set(
+            xlabel="round", ylabel="test accuracy", title=f"{data}, learning rate {ONE_RATE:g}, {split}", ylim=(0, 1)
+        )
+        _save(figure, axes, folder / f"{stem}-rules-{split.replace(' ', '-').replace('.', '')}.png")
     if any(row["table"] == "lr" for row in rows):
         figure, axes = plt.subplots(figsize=(7, 4.5))
         for entrant in EQUAL[1:]:
@@ -306,17 +324,25 @@ def plot(rows: list[dict[str, Any]], folder: Path) -> None:
             rates = sorted({row["learning_rate"] for row in mine})
             means = [np.mean([row["final"] for row in mine if row["learning_rate"] == rate]) for rate in rates]
             axes.semilogx(rates, means, marker="o", label=entrant.name)
-        axes.set(xlabel="learning rate", ylabel="final accuracy", title="dirichlet 0.3, half the rounds", ylim=(0, 1))
-        _save(figure, axes, folder / "lora-rates.png")
+        axes.set(
+            xlabel="learning rate",
+            ylabel="final accuracy",
+            title=f"{data}, dirichlet 0.3, half the rounds",
+            ylim=(0, 1),
+        )
+        _save(figure, axes, folder / f"{stem}-rates.png")
     if any(row["table"] == "ranks" for row in rows):
         figure, axes = plt.subplots(figsize=(7, 4.5))
         for entrant in RANKS:
             curves = [row["accuracy"] for row in _of(rows, "ranks", entrant.name)]
             axes.plot(np.mean(curves, axis=0), label=entrant.name)
         axes.set(
-            xlabel="round", ylabel="test accuracy", title="ranks 2, 4 and 8, each rule at its own rate", ylim=(0, 1)
+            xlabel="round",
+            ylabel="test accuracy",
+            title=f"{data}, ranks 2, 4 and 8, each rule at its own rate",
+            ylim=(0, 1),
         )
-        _save(figure, axes, folder / "lora-ranks.png")
+        _save(figure, axes, folder / f"{stem}-ranks.png")
 
 
 def _save(figure: Any, axes: Any, path: Path) -> None:
@@ -337,7 +363,7 @@ COLUMNS = {
     "round_10": "round 10",
     "final": "final",
     "interval": "+-",
-    "rounds_to_80": "to 80 %",
+    "rounds_to_goal": "to goal",
     "naive_error": "naive error",
 }
 
@@ -353,11 +379,14 @@ def arguments() -> argparse.ArgumentParser:
     parser = report.parser("lora-study", __doc__)
     parser.add_argument("--table", nargs="+", choices=("rules", "lr", "ranks"), default=["rules", "lr", "ranks"])
     parser.add_argument("--rules", nargs="+", choices=[e.name for e in EQUAL], help="only these, in `rules` and `lr`")
+    parser.add_argument("--data", choices=DATA, default="digits", help="fashion: Fashion-MNIST of a Debian package")
+    parser.add_argument("--runs", type=Path, metavar="FILE", help="keep every run there, and repeat none that it holds")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rate-seeds", type=int, default=2, help="seeds of the grid of learning rates")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write PNG files there")
+    parser.add_argument("--tables", type=Path, metavar="FOLDER", help="write the tables there as CSV and Markdown")
     return parser
 
 

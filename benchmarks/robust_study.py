@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from aggregator.merge.mean import MEAN
 from aggregator.merge.robust import GEOMETRIC_MEDIAN, KRUM, MEDIAN, MULTI_KRUM, NORM_CLIP, TRIMMED_MEAN
 from aggregator.merge.settings import MergeSettings, RobustSettings
 from benchmarks import report
-from benchmarks.digits import CLIENTS, build, federate, task
+from benchmarks.digits import CLIENTS, Task, build, federate, task
+from benchmarks.runs import Runs
 from edge_sdk.bundle import Bundle
 from edge_sdk.tensors import Array, Tensors
 
@@ -36,7 +38,7 @@ RULES: dict[str, Rule] = {
 ATTACKS = ("none", "sign flip", "scaling", "gaussian", "label flip")
 SHARES = (0.1, 0.3)
 SPLITS: dict[str, float | None] = {"iid": None, "dirichlet 0.3": 0.3}
-PROGRAM = "digits/full/float"
+PROGRAM = "turned/full/float"
 
 
 def attacked(kind: str, start: Tensors, trained: Tensors, draw: np.random.Generator) -> Tensors:
@@ -60,6 +62,7 @@ def measure(args: argparse.Namespace) -> report.Report:
     from export import ProgramSpec
 
     rows: list[dict[str, Any]] = []
+    runs = Runs(args.runs)
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(args.seeds):
             path = Path(folder) / f"{seed}.bundle"
@@ -69,15 +72,15 @@ def measure(args: argparse.Namespace) -> report.Report:
                     data = task(seed, concentration)
                     for attack in ATTACKS:
                         for share in (0.0,) if attack == "none" else SHARES:
-                            rows += [_run(bundle, data, name, attack, share, split, seed, args) for name in RULES]
-                    print(f"seed {seed}, {split}", file=sys.stderr)
+                            for name in RULES:
+                                key = {"rule": name, "split": split, "attack": attack, "share": share, "seed": seed}
+                                choices = {**key, "rounds": args.rounds}
+                                rows.append(runs.row(choices, partial(_run, bundle, data, choices)))
     return report.Report(rows, _summary(rows))
 
 
-def _run(
-    bundle: Bundle, data: Any, name: str, attack: str, share: float, split: str, seed: int, args: argparse.Namespace
-) -> dict[str, Any]:
-    hostile = round(share * CLIENTS)
+def _run(bundle: Bundle, data: Task, chosen: dict[str, Any]) -> dict[str, Any]:
+    hostile, attack = round(chosen["share"] * CLIENTS), chosen["attack"]
 
     def labels(client: int, y: Array) -> Array:
         return 9 - y if attack == "label flip" and client < hostile else y
@@ -88,17 +91,17 @@ def _run(
     run = federate(
         bundle,
         data,
-        RULES[name],
+        RULES[chosen["rule"]],
         lambda client, number: PROGRAM,
         model=PROGRAM,
-        rounds=args.rounds,
+        rounds=chosen["rounds"],
         learning_rate=2e-3,
-        seed=seed,
+        seed=chosen["seed"],
         settings=MergeSettings(robust=RobustSettings(attackers=0.3)),
         labels=labels,
         attack=sends,
     )
-    return {"rule": name, "split": split, "attack": attack, "share": share, "seed": seed, "final": run.final}
+    return {"final": run.final}
 
 
 def _mean(rows: list[dict[str, Any]], **wanted: Any) -> float:
@@ -144,6 +147,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = report.parser("robust-study", __doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--runs", type=Path, metavar="FILE", help="keep every run there, and repeat none that it holds")
     return parser
 
 

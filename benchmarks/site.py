@@ -66,6 +66,8 @@ class Site:
             self.registry.write_text('{"devices": []}')
         for number, device in enumerate(devices):
             self.add_device(device, limits or {})
+            if not samples:
+                continue
             with EdgeDevice.open(self.config(device)) as opened:
                 x, y = tiny_data(samples, features=features, seed=number + 10)
                 opened.record_many(x, y, recording="all")

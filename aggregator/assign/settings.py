@@ -1,4 +1,4 @@
-"""What a job file says about the work of each device: `[assign]`, `[assign.precision]` and its `fine` (aggregator/job.py)."""
+"""What a job file says about the work of each device: `[assign]`, `[assign.rank]`, `[assign.precision]` and its `fine` (aggregator/job.py)."""
 
 from __future__ import annotations
 
@@ -47,6 +47,13 @@ class PrecisionSettings:
 
 
 @dataclass(frozen=True)
+class RankSettings:
+    """`[assign.rank]`. `profiles`: device -> its profile, by name or as a file (devices/profile.py)."""
+
+    profiles: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class AssignSettings:
     """`[assign]`. `rule`: an entry point of the group `edgewise.assigners`."""
 
@@ -54,3 +61,4 @@ class AssignSettings:
     programs: Mapping[str, str] = field(default_factory=dict)
     cycle: Sequence[str] = ()
     precision: PrecisionSettings = field(default_factory=PrecisionSettings)
+    rank: RankSettings = field(default_factory=RankSettings)

@@ -284,15 +284,10 @@ class LoraRule:
         return LoraMerger(self, plan, *_layout(self, plan))
 
 
-@dataclass(frozen=True)
-class LoraMerger:
-    """One LoRA rule for one round: `pairs` of the merged program by layer, `of` those of each program, `sides` by layer."""
+class _OfRule:
+    """What a merger says of itself is what its rule says."""
 
-    rule: LoraRule
-    plan: Plan
-    pairs: Mapping[str, Pair]
-    of: Mapping[str, Mapping[str, Pair]]
-    sides: Mapping[str, Side]
+    rule: LoraRule | OneFactorRule
 
     @property
     def refactorises(self) -> bool:
@@ -301,8 +296,19 @@ class LoraMerger:
 
     @property
     def needs(self) -> type[Any]:
-        """`Updates`."""
+        """`Updates` or `Sums`."""
         return self.rule.needs
+
+
+@dataclass(frozen=True)
+class LoraMerger(_OfRule):
+    """One LoRA rule for one round: `pairs` of the merged program by layer, `of` those of each program, `sides` by layer."""
+
+    rule: LoraRule
+    plan: Plan
+    pairs: Mapping[str, Pair]
+    of: Mapping[str, Mapping[str, Pair]]
+    sides: Mapping[str, Side]
 
     @property
     def others(self) -> tuple[str, ...]:
@@ -344,7 +350,8 @@ class LoraMerger:
             squares += np.square(norms)
             if name in self.sides:
                 report |= self._store_side(self.sides[name], pair, result.base_delta, start, merged)
-            layers[name] = report
+            ranks = {pairs[name].rank for pairs in self.of.values() if name in pairs}
+            layers[name] = {**report, "ranks": sorted(ranks)}
         merged |= _beside(state, rows, self.others, self.plan.settings.weights)
         missed = [float(np.sqrt(v / squares[0])) if squares[0] else 0.0 for v in squares[1:]]
         report = {"rule": self.rule.name, "norm": float(np.sqrt(squares[0])), "truncation_error": missed[0]}
@@ -508,22 +515,12 @@ class OneFactorRule:
 
 
 @dataclass(frozen=True)
-class OneFactorMerger:
+class OneFactorMerger(_OfRule):
     """`freeze_a`, `alternate` and `fedsvd`: the mean of the factor that trains is the exact mean of products."""
 
     rule: OneFactorRule
     plan: Plan
     pairs: Mapping[str, Pair]
-
-    @property
-    def refactorises(self) -> bool:
-        """Whether the basis changes."""
-        return self.rule.refactorises
-
-    @property
-    def needs(self) -> type[Any]:
-        """`Sums`."""
-        return self.rule.needs
 
     def check(self, contribution: Contribution) -> None:
         """Refuse an update whose frozen factor is not the one of this round."""

@@ -97,14 +97,17 @@ def test_factors_that_take_turns_halve_what_travels_up(
     assert [record.merge["rule"] for record in status.history[1:]] == ["alternate"] * 4
 
 
-def test_the_command_shows_the_layers_of_the_last_merge(
+def test_the_commands_show_the_layers_of_the_last_merge_and_what_lasted_too_long(
     tmp_path: Path, bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = {"program": RANK.format(2), "rounds": 1, "merge.rule": "product_svd"}
+    job = {"program": RANK.format(2), "merge.rule": "product_svd", "merge.lora": {"rank": 1}}
     site, status, *_ = run(tmp_path, bundle, job)
+    assert main(["job", "status", str(site.job)]) == 0
+    assert "ALARM truncation_high" in capsys.readouterr().out
+    assert [(alarm.kind, alarm.device, alarm.count) for alarm in status.alarms] == [("truncation_high", "", 1)]
     assert main(["job", "rounds", str(site.job)]) == 0
     shown = capsys.readouterr().out
-    assert "layers of round 1 (product_svd):" in shown
+    assert "layers of round 3 (product_svd):" in shown
     layer = status.history[-1].merge["layers"]["0"]
     assert f"{layer['truncation_error']:.3g}" in shown
 
