@@ -114,7 +114,9 @@ def test_device_and_rounds_know_no_method_and_no_scope_by_name() -> None:
         ("edge_sdk/bundle.py", "layer"),  # a key of the tensor table
         ("edge_sdk/bundle.py", "evaluate"),  # keys of a program
         ("edge_sdk/bundle.py", "precision"),
+        ("edge_sdk/bundle.py", "rank"),
         ("edge_sdk/cli_bundle.py", "precision"),
+        ("edge_sdk/cli_bundle.py", "rank"),
         ("aggregator/rounds.py", "evaluate"),  # the name of a phase
     }
     files = sorted((CHECKOUT / "edge_sdk").rglob("*.py"))
